@@ -1,0 +1,2036 @@
+"""Parameter Golf in one file: train a 36M-parameter GPT, quantize it, pack it, score it.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py                  the contest's run (PR #1541)
+    PRESET=smoke torchrun --standalone --nproc_per_node=1 train_gpt.py     every stage on a laptop
+    MODE=help python train_gpt.py                                          every setting, with its meaning
+
+Everything is set by environment variables. The contest: the lowest bits per byte on FineWeb's validation
+split, from code and weights of at most 16,000,000 bytes, trained in 600 s and scored in 600 s on 8xH100.
+
+The file is read from top to bottom, as the data goes through it; each room uses only the rooms above it.
+
+     1  Config        every setting: type, default, range, meaning; presets
+     2  Runtime       ranks, device, collectives, log, progress
+     3  Data          byte tables, shards, training order, validation split, embedded corpus
+     4  Model         virtual layers, rotary attention, lanes, skips, softcapped loss
+     5  Optimizer     Newton-Schulz, banked Muon, AdamW, schedules, EMA
+     6  Training      warm-up and the loop
+     7  Quantization  Hessians, GPTQ, int6 and int8 rows
+     8  Artifact      the container: pack, unpack, save, load
+     9  Evaluation    one scoring function; plain, sliding and test-time-training walks over it
+    10  Submission    packed script, checks, record, collect
+    11  main          the pipeline
+"""
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import random
+import re
+import resource
+import struct
+import sys
+import time
+import tokenize
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterator, Mapping, NamedTuple
+
+import brotli
+import numpy as np
+import sentencepiece as spm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+try:  # FlashAttention-3 is optional: a wheel for Hopper GPUs
+    from flash_attn_interface import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+
+# torch 2.13 renames the two collectives on single tensors
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+SOURCE = Path(__file__).read_bytes()  # as it stood when the run began: what is packed, hashed and counted
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Config: every setting, in the order of the rooms that read it. A field's variable is its name in capitals.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """Bad input, found before any work is done; the message names what is wrong and what is allowed."""
+
+
+def setting(room, default, meaning, low=None, high=None, choices=None):
+    """Declare one setting: the room it belongs to, default, meaning and allowed values (bounds included)."""
+    return dataclasses.field(default=default, metadata={"room": room, "meaning": meaning, "low": low, "high": high,
+                                                        "choices": choices})
+
+
+_run, _data, _model, _optim, _quant, _eval, _collect = (
+    partial(setting, room) for room in ("run", "data", "model", "optimizer", "quantization", "evaluation", "collect"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting of a run. `Config.from_env(os.environ)` is the only way in; values never change afterwards."""
+
+    mode: str = _run("train", "train: the whole pipeline; eval: score OUT_DIR's artifact; pack: write the packed "
+                     "script; collect: records to submission.json; help: this list",
+                     choices=("train", "eval", "pack", "collect", "help"))
+    preset: str = _run("pr1541", "named values for other settings", choices=("pr1541", "smoke"))
+    seed: int = _run(1337, "weights and the order of the training data", 0, 2**31 - 1)
+    run_id: str = _run("", "name of the log and the record; empty: preset, seed and time")
+    out_dir: str = _run("./out", "folder for the weights, the artifact and the packed script")
+    log_dir: str = _run("./logs", "folder for the log and the record")
+    device: str = _run("auto", "auto: the GPU where there is one", choices=("auto", "cuda", "cpu"))
+    compile: str = _run("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
+    attention: str = _run("auto", "attention kernel; auto: FlashAttention-3 if importable, else PyTorch's own",
+                          choices=("auto", "fa3", "sdpa", "plain"))
+    micro_batch_tokens: int = _run(0, "tokens of one forward pass on one rank: bounds the memory; 0: 98304 on CUDA, "
+                                   "4096 on CPU", 0)
+
+    data_dir: str = _data("./data", "folder with datasets/ and tokenizers/")
+    data_path: str = _data("", "folder with the shards; empty: DATA_DIR/datasets/fineweb10B_sp{VOCAB_SIZE}")
+    tokenizer_path: str = _data("", "empty: DATA_DIR/tokenizers/fineweb_{VOCAB_SIZE}_bpe.model")
+    corpus: str = _data("shards", "embedded: where DATA_DIR has no shards, write Python's own documentation there",
+                        choices=("shards", "embedded"))
+    train_batch_tokens: int = _data(786432, "tokens of one optimizer step, over all ranks", 1)
+    train_seq_len: int = _data(2048, "tokens of one training sequence", 8, 2**17)
+
+    vocab_size: int = _model(8192, "pieces of the tokenizer", 260, 65536)
+    num_layers: int = _model(11, "physical layers", 1, 64)
+    model_dim: int = _model(512, "width of the residual stream", 8)
+    embedding_dim: int = _model(0, "width of the tied embedding; 0 or MODEL_DIM, nothing else", 0)
+    num_heads: int = _model(8, "query heads", 1)
+    num_kv_heads: int = _model(4, "key and value heads", 1)
+    mlp_mult: float = _model(4.0, "hidden width of the MLP in units of MODEL_DIM", 0.25, 16)
+    rope_dims: int = _model(16, "rotated dimensions of each head", 2)
+    rope_base: float = _model(10000.0, "base of the rotary frequencies", 1)
+    rope_train_seq_len: int = _model(2048, "length from which on the rotary base grows", 1)
+    qk_gain_init: float = _model(5.25, "initial gain of each head's queries", 0, 100)
+    xsa_last_n: int = _model(11, "last layers whose attention output loses its own value's direction", 0)
+    ln_scale: bool = _model(True, "divide the input of layer i's sublayers by sqrt(i + 1)")
+    parallel_residual: str = _model("improved", "residual stream from PARALLEL_RESIDUAL_START on; improved: two lanes",
+                                    choices=("improved", "none"))
+    parallel_residual_start: int = _model(7, "first layer with two lanes", 0)
+    num_loops: int = _model(2, "further runs of layers LOOP_START..LOOP_END; 0: none", 0, 8)
+    loop_start: int = _model(3, "first looped layer", 0)
+    loop_end: int = _model(5, "last looped layer", 0)
+    skip_gates_enabled: bool = _model(True, "gate the U-Net skips; 0: add them")
+    logit_softcap: float = _model(30.0, "logits are bounded by this, smoothly", 1, 60)
+    tied_embed_init_std: float = _model(0.005, "standard deviation of the initial embedding", 0, 1)
+
+    iterations: int = _optim(20000, "optimizer steps at most", 1)
+    max_wallclock_seconds: float = _optim(600.0, "budget of training, calibration and quantization; 0: ITERATIONS", 0)
+    gptq_reserve_seconds: float = _optim(12.0, "part of the budget that training leaves to quantization", 0)
+    warmup_steps: int = _optim(20, "steps that compile each looping state; their effect is thrown away", 0, 1000)
+    train_log_every: int = _optim(500, "steps between two log lines (at most 30 s pass)", 1)
+    val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only after the last", 0)
+    enable_looping_at: float = _optim(0.35, "part of the budget after which the loops run", 0, 1)
+    matrix_lr: float = _optim(0.03, "Muon's learning rate", 0, 10)
+    muon_momentum: float = _optim(0.97, "Muon's momentum", 0, 1)
+    muon_momentum_warmup_start: float = _optim(0.92, "Muon's momentum at step 0", 0, 1)
+    muon_momentum_warmup_steps: int = _optim(1500, "steps until MUON_MOMENTUM is reached", 0)
+    muon_backend_steps: int = _optim(5, "Newton-Schulz iterations", 1, 20)
+    muon_row_normalize: bool = _optim(True, "divide each row by its norm before the iteration (MuonEq-R)")
+    muon_wd: float = _optim(0.095, "Muon's weight decay", 0, 10)
+    tied_embed_lr: float = _optim(0.03, "AdamW's learning rate for the embedding", 0, 10)
+    embed_wd: float = _optim(0.085, "weight decay of the embedding", 0, 10)
+    scalar_lr: float = _optim(0.02, "AdamW's learning rate for scalars and vectors", 0, 10)
+    adam_wd: float = _optim(0.02, "weight decay of scalars and vectors", 0, 10)
+    beta1: float = _optim(0.9, "AdamW", 0, 0.9999)
+    beta2: float = _optim(0.95, "AdamW", 0, 0.9999)
+    adam_eps: float = _optim(1e-8, "AdamW", 1e-12, 1)
+    grad_clip_norm: float = _optim(0.3, "bound of the global gradient norm; 0: none", 0)
+    warmdown_frac: float = _optim(0.72, "last part of the budget, over which the learning rates fall linearly", 0, 1)
+    min_lr: float = _optim(0.0, "learning-rate multiplier at the end", 0, 1)
+    ema_decay: float = _optim(0.9965, "decay per step of the averaged weights; 0: no averaging", 0, 0.999999)
+
+    gptq_calibration_batches: int = _quant(64, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", 1)
+    matrix_bits: int = _quant(6, "bits of a matrix entry", 2, 8)
+    matrix_clip_sigmas: float = _quant(12.85, "row scale of the matrices in standard deviations", 0.1, 1000)
+    embed_bits: int = _quant(8, "bits of an embedding entry", 2, 8)
+    embed_clip_sigmas: float = _quant(20.0, "row scale of the embedding in standard deviations", 0.1, 1000)
+    compressor: str = _quant("brotli", "byte compressor of the artifact", choices=("brotli", "lzma"))
+
+    eval_seq_len: int = _eval(2048, "tokens of one scored window", 8, 2**17)
+    eval_stride: int = _eval(64, "targets scored by one sliding window", 1)
+    eval_drop_tail: bool = _eval(False, "leave out the last partial window, as published runs did")
+    val_batch_tokens: int = _eval(65536, "tokens of one scoring pass on one rank (never over MICRO_BATCH_TOKENS)", 1)
+    sliding_window_enabled: bool = _eval(True, "score with sliding windows")
+    ttt_enabled: bool = _eval(False, "score with score-first test-time training")
+    ttt_chunk_tokens: int = _eval(32768, "tokens scored before each adaptation", 1)
+    ttt_epochs: int = _eval(3, "passes over a scored chunk", 0, 100)
+    ttt_batch_seqs: int = _eval(32, "sequences of one adaptation step, over all ranks", 1)
+    ttt_lr: float = _eval(0.005, "SGD's learning rate at the first chunk", 0, 10)
+    ttt_momentum: float = _eval(0.9, "SGD's momentum", 0, 1)
+    ttt_grad_clip: float = _eval(1.0, "bound of the gradient norm", 0)
+
+    records: str = _collect("", "records to collect, separated by spaces")
+    author: str = _collect("", "author's name for submission.json")
+    github_id: str = _collect("", "author's GitHub name for submission.json")
+    submission_name: str = _collect("", "the submission's name")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str], stored: Mapping[str, object] | None = None) -> Config:
+        """Build the settings: defaults, then the preset, then `stored` (an artifact's own), then the environment.
+
+        Raises UsageError that lists every misspelt name, every bad value and every pair that does not fit.
+        """
+        fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
+        problems = misspelt(env, list(fields))
+        given = {}
+        for name, field in fields.items():
+            if name in env:
+                try:
+                    given[field.name] = parse_setting(name, env[name], field)
+                except UsageError as error:
+                    problems.append(str(error))
+        stored = dict(stored or {})
+        for name, value in stored.items():
+            if name.upper() not in fields:
+                raise UsageError(f"the artifact was made with {name}, which is no setting of this script")
+            stored[name] = parse_setting(name.upper(), str(value), fields[name.upper()])
+        problems += [f"{name.upper()}={given[name]!r}, but the artifact was made with {stored[name]!r}"
+                     for name in MODEL_SETTINGS if name in given and given[name] != stored.get(name, given[name])]
+        if problems:
+            raise UsageError("\n  ".join(["bad settings:", *problems]))
+        preset = given.get("preset", stored.get("preset", cls.preset))
+        config = cls(**{**PRESETS[preset], **stored, **given})
+        config.check()
+        return config
+
+    def check(self):
+        """Raise UsageError that names every pair of settings that does not fit together."""
+        rules = [
+            (self.model_dim % self.num_heads == 0, "NUM_HEADS must divide MODEL_DIM"),
+            (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
+            (self.embedding_dim in (0, self.model_dim), "EMBEDDING_DIM must be 0 or MODEL_DIM: the embedding is tied"),
+            (self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // self.num_heads,
+             "ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS"),
+            (self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
+             "LOOP_START <= LOOP_END < NUM_LAYERS must hold (NUM_LOOPS=0 switches the loops off)"),
+            (self.train_batch_tokens % self.train_seq_len == 0, "TRAIN_SEQ_LEN must divide TRAIN_BATCH_TOKENS"),
+            (self.micro_batch_tokens == 0 or self.micro_batch_tokens >= max(self.train_seq_len, self.eval_seq_len),
+             "MICRO_BATCH_TOKENS must be 0 or hold at least one sequence (TRAIN_SEQ_LEN and EVAL_SEQ_LEN)"),
+            (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
+            (self.ttt_chunk_tokens >= self.eval_seq_len, "TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
+            (self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
+             "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"),
+        ]
+        broken = [f"{rule} ({', '.join(f'{n}={getattr(self, n.lower())}' for n in variables_in(rule))})"
+                  for holds, rule in rules if not holds]
+        if broken:
+            raise UsageError("\n  ".join(["settings that do not fit together:", *broken]))
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def shard_dir(self) -> Path:
+        """Folder that holds fineweb_train_*.bin and fineweb_val_*.bin."""
+        return Path(self.data_path or f"{self.data_dir}/datasets/fineweb10B_sp{self.vocab_size}")
+
+    @property
+    def tokenizer(self) -> Path:
+        """The SentencePiece model's file."""
+        return Path(self.tokenizer_path or f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe.model")
+
+    def non_defaults(self) -> dict[str, object]:
+        """Settings in force that differ from the defaults above: what the log and the record show."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+
+MODEL_SETTINGS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["room"] == "model")
+
+PRESETS = {
+    # PR #1541 is the default system: the fields above are its values.
+    "pr1541": {"ttt_enabled": True},
+    # Every stage in about a minute on two CPU cores, with no data and no GPU: the same pipeline, small numbers.
+    "smoke": {
+        "data_dir": "./out/smoke_data", "corpus": "embedded", "vocab_size": 1024, "num_layers": 8, "model_dim": 96,
+        "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8, "loop_start": 2, "loop_end": 3, "num_loops": 2,
+        "parallel_residual_start": 5, "train_seq_len": 128, "eval_seq_len": 128, "rope_train_seq_len": 128,
+        "train_batch_tokens": 4096, "iterations": 100, "max_wallclock_seconds": 0.0, "warmup_steps": 1,
+        "val_loss_every": 0, "train_log_every": 25, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 40,
+        "ema_decay": 0.93, "gptq_calibration_batches": 4, "eval_stride": 32, "ttt_enabled": True,
+        "ttt_chunk_tokens": 2048,
+    },
+}
+
+# Prefixes that nobody but this script uses: an unknown variable that starts with one is a mistake, not a stranger.
+KNOWN_PREFIXES = ("TTT_", "MUON_", "GPTQ_", "ROPE_", "LOOP_", "XSA_", "EMA_", "MATRIX_", "EMBED_", "TIED_EMBED_",
+                  "WARMDOWN_", "EVAL_", "PARALLEL_RESIDUAL", "PREQUANT_", "RECUR_", "PPM_", "QK_", "SKIP_GATES")
+
+
+def misspelt(env: Mapping[str, str], known: list[str]) -> list[str]:
+    """Describe each variable of `env` that is no setting but is nearly one, or carries a prefix of one."""
+    problems = []
+    for name in env:
+        if name in known or not name.isupper() or len(name) < 4:
+            continue
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.87 if len(name) > 5 else 0.75)
+        if not close and name.startswith(KNOWN_PREFIXES):
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+        if close:
+            problems.append(f"{name} is no setting; did you mean {close[0]}? (MODE=help lists all; unset it if it is "
+                            "meant for another program)")
+    return problems
+
+
+def parse_setting(name: str, text: str, field: dataclasses.Field) -> object:
+    """Turn a variable's text into the field's type; raise UsageError that names variable, value and what is allowed."""
+    kind, limits = type(field.default), field.metadata
+    try:
+        if kind is bool:
+            value = {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
+        else:
+            value = kind(text.strip())
+    except (KeyError, ValueError):
+        value = None
+    too_low = limits["low"] is not None and value is not None and not value >= limits["low"]
+    too_high = limits["high"] is not None and value is not None and not value <= limits["high"]
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    foreign = limits["choices"] is not None and value not in limits["choices"]
+    if value is None or too_low or too_high or infinite or foreign:
+        raise UsageError(f"{name}={text!r} is not allowed: it must be {allowed_values(field)}")
+    return value
+
+
+def allowed_values(field: dataclasses.Field) -> str:
+    """Say in words what a setting may be."""
+    limits = field.metadata
+    if limits["choices"]:
+        return "one of " + ", ".join(limits["choices"])
+    kind = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}[type(field.default)]
+    low, high = limits["low"], limits["high"]
+    if low is None:
+        return kind
+    return f"{kind} of at least {low}" if high is None else f"{kind} from {low} to {high}"
+
+
+def variables_in(text: str) -> list[str]:
+    """List the settings that a sentence names."""
+    return [word for word in re.findall(r"[A-Z][A-Z_]+[A-Z]", text) if hasattr(Config, word.lower())]
+
+
+def print_help():
+    """MODE=help: print every variable with type, default, allowed values and meaning, grouped by room."""
+    room = None
+    for field in dataclasses.fields(Config):
+        if field.metadata["room"] != room:
+            room = field.metadata["room"]
+            print(f"\n{room}")
+        default = int(field.default) if isinstance(field.default, bool) else field.default
+        shown = default if default != "" else "''"
+        print(f"  {field.name.upper():<27} {type(field.default).__name__:<6} {shown!s:<9} "
+              f"{field.metadata['meaning']} [{allowed_values(field)}]")
+    print("\npresets (PRESET=...; any variable overrides them)")
+    for name, values in PRESETS.items():
+        print(f"  {name:<9}", " ".join(f"{k.upper()}={int(v) if isinstance(v, bool) else v}" for k, v in values.items()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Runtime: ranks, device, collectives, log and progress: what every later room leans on
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Runtime:
+    """One rank's place in the run: device, dtype, collectives and the log.
+
+    One rank and many run the same lines: without torchrun the process group simply has one member.
+    """
+
+    def __init__(self, config: Config):
+        """Join the process group (NCCL on CUDA, gloo on CPU) and open the log on rank 0."""
+        env = os.environ
+        self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+        if on_gpu and not torch.cuda.is_available():
+            raise UsageError("DEVICE=cuda, but PyTorch sees no GPU; DEVICE=cpu runs without one")
+        self.device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+        self.dtype = torch.bfloat16 if on_gpu else torch.float32  # of the matrix products; masters stay fp32
+        self.compile = on_gpu if config.compile == "auto" else config.compile == "1"
+        self.micro_batch_tokens = config.micro_batch_tokens or (98304 if on_gpu else 4096)
+        self.attention = choose_attention(config.attention, on_gpu)
+        self.start, self.log_file = time.perf_counter(), None
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+            # Recompiled for training, plain and sliding windows, with and without loops and gradients.
+            torch._dynamo.config.recompile_limit = 32
+        if not dist.is_initialized():
+            group = {"device_id": self.device} if on_gpu else {}
+            if "WORLD_SIZE" not in env:
+                group.update(store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group("nccl" if on_gpu else "gloo", **group)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, the one that logs and writes files."""
+        return self.rank == 0
+
+    def open_log(self, path: Path):
+        """Start rank 0's log file."""
+        if self.main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.log_file = open(path, "w", encoding="utf-8")
+
+    def log(self, message: str = ""):
+        """Print on rank 0, and write to the log file if it is open."""
+        if self.main:
+            print(message, flush=True)
+            if self.log_file:
+                self.log_file.write(message + "\n")
+                self.log_file.flush()
+
+    def clock(self) -> float:
+        """Seconds since the runtime began, after the device has finished what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - self.start
+
+    def all_reduce(self, tensor: Tensor, asynchronous=False):
+        """Sum `tensor` over ranks, in place; returns the pending work if asynchronous."""
+        return dist.all_reduce(tensor, async_op=asynchronous)
+
+    def share(self, items: int) -> range:
+        """This rank's contiguous share of `items`; the shares of all ranks are disjoint and cover them."""
+        return range(items * self.rank // self.world, items * (self.rank + 1) // self.world)
+
+    def broadcast_bytes(self, data: bytes | None) -> bytes:
+        """Give every rank rank 0's bytes (the others pass None): nodes need no shared file system."""
+        size = torch.tensor([len(data) if self.main else 0], device=self.device)
+        dist.broadcast(size, 0)
+        buffer = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        if self.main:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        dist.broadcast(buffer, 0)
+        return buffer.cpu().numpy().tobytes()
+
+    def agree(self, problem: str = ""):
+        """Raise UsageError on every rank if any rank has found a problem: nobody waits for a rank that stopped."""
+        problems = [None] * self.world
+        dist.all_gather_object(problems, problem)
+        if any(problems):
+            raise UsageError(next(p for p in problems if p))
+
+    def compiled(self, function: Callable) -> Callable:
+        """Return `function` compiled with static shapes where COMPILE asks for it, else as it is."""
+        return torch.compile(function, dynamic=False, fullgraph=True) if self.compile else function
+
+    def peak_memory_mib(self) -> int:
+        """Most memory this rank has used: on the GPU, else of the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() >> 20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+    def hardware(self) -> str:
+        """Name the devices of all ranks, e.g. `8x NVIDIA H100 80GB HBM3`."""
+        if self.device.type == "cuda":
+            return f"{self.world}x {torch.cuda.get_device_name()}"
+        return f"{self.world}x CPU rank, {os.cpu_count()} cores ({platform.machine()})"
+
+    def close(self):
+        """Leave the process group and close the log."""
+        if self.log_file:
+            self.log_file.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def choose_attention(wanted: str, on_gpu: bool) -> str:
+    """Name the attention kernel in use: fa3, sdpa (cuDNN, flash or PyTorch's CPU kernel) or plain."""
+    if wanted == "fa3" and flash_attn_func is None:
+        raise UsageError("ATTENTION=fa3, but flash_attn_interface cannot be imported; ATTENTION=auto uses PyTorch's own")
+    if wanted != "auto":
+        return wanted
+    return "fa3" if on_gpu and flash_attn_func and torch.cuda.get_device_capability()[0] == 9 else "sdpa"
+
+
+@contextlib.contextmanager
+def attention_kernels(rt: Runtime) -> Iterator[None]:
+    """On CUDA, let SDPA choose among fused kernels only: falling back to the quadratic one must not pass unseen."""
+    if rt.device.type != "cuda":
+        yield
+        return
+    backend = nn.attention.SDPBackend
+    with nn.attention.sdpa_kernel([backend.CUDNN_ATTENTION, backend.FLASH_ATTENTION], set_priority=True):
+        yield
+
+
+class Progress:
+    """Tells how far a stage is and how long is left, every 10 s, for stages that last longer than that."""
+
+    def __init__(self, rt: Runtime, stage: str, total: int):
+        """`total` counts the stage's pieces of work."""
+        self.rt, self.stage, self.total = rt, stage, total
+        self.start = self.shown = time.perf_counter()
+
+    def at(self, done: int, note: str = ""):
+        """Report that `done` pieces are finished."""
+        now = time.perf_counter()
+        if now - self.shown > 10 and done:
+            self.shown, spent = now, now - self.start
+            left = spent * (self.total - done) / done
+            self.rt.log(f"{self.stage}: {done}/{self.total} {spent:.0f}s, about {left:.0f}s left {note}".rstrip())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Data: byte tables, shards, the training order, the validation split, the embedded corpus
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+HOW_TO_GET_DATA = ("Get FineWeb with the contest's downloader (see README.md), set DATA_DIR, or try the whole pipeline "
+                   "without data: PRESET=smoke")
+
+
+def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
+    """Load the tokenizer; raise UsageError unless it has VOCAB_SIZE pieces, BOS 1 and a piece for a lone space."""
+    path = config.tokenizer
+    if not path.is_file():
+        raise UsageError(f"no tokenizer at {path}. {HOW_TO_GET_DATA}")
+    try:
+        sp = spm.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UsageError(f"{path} is no SentencePiece model ({error})") from error
+    if sp.vocab_size() != config.vocab_size:
+        raise UsageError(f"{path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={config.vocab_size}")
+    if sp.bos_id() != 1:
+        raise UsageError(f"{path} has BOS id {sp.bos_id()}, but a document of a shard starts with id 1")
+    return sp
+
+
+def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tabulate how many bytes of text each token stands for.
+
+    Returns three [vocab_size] tensors: base bytes (int64; the UTF-8 length without a leading space mark, 1 for a byte
+    piece, 0 for control, unknown and unused pieces), has_leading_space (bool), is_boundary (bool; after such a token a
+    leading space mark is no byte of the text). Raises UsageError for a tokenizer that cannot be counted exactly.
+    """
+    if sp.vocab_size() != vocab_size:
+        raise UsageError(f"the tokenizer has {sp.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
+    if sp.is_unknown(sp.piece_to_id("\u2581")):
+        raise UsageError("the tokenizer has no piece U+2581 (a lone space), so it would spend 3 bytes on one space")
+    base_bytes = torch.zeros(vocab_size, dtype=torch.int64)
+    has_leading_space = torch.zeros(vocab_size, dtype=torch.bool)
+    is_boundary = torch.zeros(vocab_size, dtype=torch.bool)
+    for token in range(vocab_size):
+        if sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token):
+            is_boundary[token] = True
+        elif sp.is_byte(token):
+            base_bytes[token] = 1
+        else:
+            piece = sp.id_to_piece(token)
+            has_leading_space[token] = piece.startswith("\u2581")
+            # An inner U+2581 decodes to a space of one byte, the mark itself would count three.
+            base_bytes[token] = len(piece.removeprefix("\u2581").replace("\u2581", " ").encode("utf-8"))
+    return base_bytes, has_leading_space, is_boundary
+
+
+def shard_files(config: Config, split: str) -> list[Path]:
+    """List the shards of `split` (train or val) in order; raise UsageError if there are none."""
+    files = sorted(config.shard_dir.glob(f"fineweb_{split}_*.bin"))
+    if not files:
+        raise UsageError(f"no fineweb_{split}_*.bin in {config.shard_dir}. {HOW_TO_GET_DATA}")
+    return files
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Map a shard's tokens (uint16) into memory; raise UsageError that names the file if its header lies."""
+    size = path.stat().st_size
+    if size < SHARD_HEADER_BYTES:
+        raise UsageError(f"{path}: {size} bytes are less than a shard's header")
+    magic, version, count = (int(n) for n in np.fromfile(path, dtype="<i4", count=3))
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise UsageError(f"{path}: magic {magic} and version {version} are not a shard's "
+                         f"({SHARD_MAGIC} and {SHARD_VERSION})")
+    if count < 2 or size != SHARD_HEADER_BYTES + 2 * count:
+        raise UsageError(f"{path}: the header promises {count} tokens, the file holds "
+                         f"{(size - SHARD_HEADER_BYTES) / 2:g}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+
+
+def check_tokens(path: Path, tokens: np.ndarray, vocab_size: int):
+    """Raise UsageError that names the file if a token lies outside the vocabulary; reads the shard once."""
+    highest = int(tokens.max())
+    if highest >= vocab_size:
+        raise UsageError(f"{path}: token {highest} is outside the vocabulary (VOCAB_SIZE={vocab_size})")
+
+
+class TrainData:
+    """The training windows in an order that depends on SEED alone.
+
+    A window is TRAIN_SEQ_LEN inputs and one more token for the last target. Windows do not overlap and start at a
+    random phase of each shard; each epoch takes all of them in one new random permutation, which draws shards in
+    proportion to what they have left. Global batch k is thus a pure function of (SEED, k): every rank computes
+    the same one and takes its slice, and starting over is asking for batch 0 again.
+    """
+
+    def __init__(self, config: Config, rt: Runtime):
+        """Open and check all shards; raise UsageError if they or the ranks do not fit the batch."""
+        self.seq_len, self.seed = config.train_seq_len, (config.seed, 0)
+        self.sequences = config.train_batch_tokens // config.train_seq_len  # per global batch
+        self.rt, self.epoch = rt, None
+        if self.sequences % rt.world:
+            fits = [n for n in range(1, self.sequences + 1) if self.sequences % n == 0]
+            raise UsageError(f"{rt.world} ranks cannot share TRAIN_BATCH_TOKENS={config.train_batch_tokens}, which is "
+                             f"{self.sequences} sequences of {self.seq_len}: use {', '.join(map(str, fits))} ranks")
+        per_rank = self.sequences // rt.world
+        # Static shapes: every micro-batch is the same share of a rank's sequences, as large as the memory bound allows.
+        self.micro_sequences = max(n for n in range(1, per_rank + 1)
+                                   if per_rank % n == 0 and (n == 1 or n * self.seq_len <= rt.micro_batch_tokens))
+        files = shard_files(config, "train")
+        self.shards = [open_shard(path) for path in files]
+        problem = ""
+        try:  # the ranks share the reading, which also warms the page cache
+            for index in range(rt.rank, len(files), rt.world):
+                check_tokens(files[index], self.shards[index], config.vocab_size)
+        except UsageError as error:
+            problem = str(error)
+        rt.agree(problem)
+        # One window less than fits, unless that leaves none, so that any phase below seq_len has as many windows.
+        counts = [(n - self.seq_len) // self.seq_len or (n > self.seq_len) for n in map(len, self.shards)]
+        self.first_window = np.cumsum([0, *map(int, counts)])
+        if self.first_window[-1] < self.sequences:
+            raise UsageError(f"the training shards hold {self.first_window[-1]} windows of {self.seq_len} tokens, one "
+                             f"batch takes {self.sequences}: lower TRAIN_BATCH_TOKENS or get more data")
+        self.worker = ThreadPoolExecutor(1)
+        self.pending = (None, None)
+
+    def in_order(self, stream: int) -> TrainData:
+        """Return the same windows in an independent order (0 is training's, 1 calibration's)."""
+        other = copy.copy(self)
+        other.seed, other.epoch, other.pending = (self.seed[0], stream), None, (None, None)
+        return other
+
+    def begin_epoch(self, epoch: int):
+        """Draw the phases and the permutation of an epoch."""
+        rng = np.random.default_rng((*self.seed, epoch))
+        counts = np.diff(self.first_window)
+        slack = np.array([len(s) - 1 for s in self.shards]) - counts * self.seq_len
+        self.phase = rng.integers(0, np.minimum(slack + 1, self.seq_len))
+        self.order = rng.permutation(self.first_window[-1])
+        self.epoch = epoch
+
+    def window(self, position: int) -> np.ndarray:
+        """Tokens (seq_len + 1, uint16) of the window at `position` of the endless global order."""
+        epoch, index = divmod(position, int(self.first_window[-1]))
+        if epoch != self.epoch:
+            self.begin_epoch(epoch)
+        window = self.order[index]
+        shard = int(np.searchsorted(self.first_window, window, side="right")) - 1
+        start = self.phase[shard] + (window - self.first_window[shard]) * self.seq_len
+        return self.shards[shard][start:start + self.seq_len + 1]
+
+    def assemble(self, batch: int) -> Tensor:
+        """This rank's slice of global batch `batch` on the host, [sequences / ranks, seq_len + 1] int64."""
+        first = batch * self.sequences
+        tokens = torch.from_numpy(np.stack([self.window(first + i) for i in self.rt.share(self.sequences)])
+                                  .astype(np.int64))
+        return tokens.pin_memory() if self.rt.device.type == "cuda" else tokens
+
+    def batch(self, number: int) -> list[tuple[Tensor, Tensor]]:
+        """Micro-batches (inputs, targets) of this rank's slice of global batch `number`, each [sequences, seq_len].
+
+        The next batch is assembled in the background, and the copy to the device does not block.
+        """
+        known, future = self.pending
+        tokens = future.result() if known == number else self.worker.submit(self.assemble, number).result()
+        self.pending = (number + 1, self.worker.submit(self.assemble, number + 1))
+        tokens = tokens.to(self.rt.device, non_blocking=True)
+        return [(t[:, :-1], t[:, 1:]) for t in tokens.split(self.micro_sequences)]
+
+
+class ValidationData:
+    """The whole validation split, with the byte count of every target.
+
+    tokens: int32 [N + 1] on the device; target p is token p + 1, so there are N = `targets` of them.
+    """
+
+    def __init__(self, config: Config, rt: Runtime, sp: spm.SentencePieceProcessor):
+        """Read and check the shards; raise UsageError if they hold less than one window."""
+        files = shard_files(config, "val")
+        shards = [open_shard(path) for path in files]
+        for path, shard in zip(files, shards):
+            check_tokens(path, shard, config.vocab_size)
+        tokens = np.concatenate(shards).astype(np.int32)
+        targets, window = len(tokens) - 1, config.eval_seq_len
+        if targets < window:
+            raise UsageError(f"the validation split in {config.shard_dir} has {targets} targets, less than one window "
+                             f"(EVAL_SEQ_LEN={window})")
+        if config.eval_drop_tail:
+            targets = targets // window * window
+        host = torch.from_numpy(tokens[:targets + 1])
+        base_bytes, has_leading_space, is_boundary = build_byte_luts(sp, config.vocab_size)
+        previous, target = host[:-1], host[1:]
+        self.target_bytes = base_bytes[target] + (has_leading_space[target] & ~is_boundary[previous])  # [N] int64
+        self.tokens, self.targets = host.to(rt.device), targets
+        self.bytes = int(self.target_bytes.sum())
+
+    def bits_per_byte(self, total_nats: float) -> float:
+        """Convert the summed negative log-likelihood of all targets."""
+        return total_nats / math.log(2) / self.bytes
+
+
+def write_shard(path: Path, tokens: np.ndarray):
+    """Write tokens in the contest's shard format, under a temporary name until it is whole."""
+    header = np.zeros(SHARD_HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
+    write_file(path, header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+def write_file(path: Path, data: bytes):
+    """Write a file whole or not at all: an old one stays until the new one is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_embedded_corpus(config: Config):
+    """Make shards and a tokenizer from the documentation topics that come with Python, unless they are there.
+
+    Each topic is a document; every tenth goes to the validation split. Same recipe as the contest's tokenizers.
+    """
+    if config.tokenizer.is_file() and all(any(config.shard_dir.glob(f"fineweb_{s}_*.bin")) for s in ("train", "val")):
+        return
+    from pydoc_data.topics import topics  # 0.5 MB of text; imported only where it is used
+
+    documents = [text for _, text in sorted(topics.items())]
+    model = io.BytesIO()
+    lines = [line for text in documents for line in text.splitlines()]
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_writer=model, vocab_size=config.vocab_size, model_type="bpe",
+        byte_fallback=True, add_dummy_prefix=False, normalization_rule_name="nmt_nfkc", pad_id=0, bos_id=1, eos_id=2,
+        unk_id=3, minloglevel=2)
+    write_file(config.tokenizer, model.getvalue())
+    sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
+    for split, chosen in (("val", documents[::10]), ("train", [d for i, d in enumerate(documents) if i % 10])):
+        tokens = [token for text in chosen for token in (sp.bos_id(), *sp.encode(text))]
+        write_shard(config.shard_dir / f"fineweb_{split}_000000.bin", np.array(tokens))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Model: a schedule of virtual layers, and a forward pass that loops over it
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class VirtualLayer(NamedTuple):
+    """One entry of the schedule: which physical layer runs, on how many lanes, and what it does to the skip stack."""
+
+    layer: int  # physical layer whose weights are used
+    lanes: int  # 1: one residual stream; 2: attention reads lane 0, the MLP lane 1
+    push: bool  # encoder half: the output goes onto the skip stack
+    skip: int  # decoder half: row of the skip weights that merges the popped skip; -1: none
+
+
+def build_schedule(config: Config, looping: bool) -> tuple[VirtualLayer, ...]:
+    """List the virtual layers: the looped stretch repeated, first half encoder, second half decoder (U-Net skips)."""
+    order = list(range(config.num_layers))
+    if looping:
+        start, stop = config.loop_start, config.loop_end + 1
+        order = order[:start] + order[start:stop] * (config.num_loops + 1) + order[stop:]
+    encoder = len(order) // 2
+    two_lanes_from = config.parallel_residual_start if config.parallel_residual == "improved" else config.num_layers
+    return tuple(VirtualLayer(layer, 2 if layer >= two_lanes_from else 1, i < encoder,
+                              i - encoder if encoder <= i < 2 * encoder else -1) for i, layer in enumerate(order))
+
+
+class LayerWeights(NamedTuple):
+    """What one physical layer computes with, in the compute dtype. Matrices are [out, in]."""
+
+    qkv: Tensor  # the three projections of one input, stacked: one matrix product
+    out: Tensor  # rows times attn_scale: scaling a small matrix spares a pass over all tokens
+    up: Tensor
+    down: Tensor  # rows times mlp_scale
+    qk_gain: Tensor  # [H + G, 1]: the learned gain of each query head, 1 for the keys
+    resid_mix: Tensor  # [2, D]: weights of the stream and of x0 in the layer's input
+    par_resid: Tensor | None  # [2]: what the lanes keep when attention, then the MLP, adds to them
+    par_post: Tensor | None  # [2, 2]: weight of (attention, MLP) output in (lane 0, lane 1)
+
+
+def norm(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """RMSNorm over the last dimension, without weights, times `scale` (one factor per row at most: nearly free)."""
+    wide = x.float()
+    return (wide * (torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-7) * scale)).to(x.dtype)
+
+
+def rotary_angles(config: Config, length: int, device: torch.device) -> Tensor:
+    """Angles [length, 1, rope_dims / 2] of the rotary embedding, fp32.
+
+    Beyond ROPE_TRAIN_SEQ_LEN the base grows with the length (NTK-aware scaling), so that the slowest frequency sees
+    the range of angles it was trained on.
+    """
+    base, dims = config.rope_base, config.rope_dims
+    if length > config.rope_train_seq_len:
+        base *= (length / config.rope_train_seq_len) ** (dims / max(dims - 2, 1))
+    frequencies = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
+    return torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first rope_dims dimensions of x [B, T, H, d] by their position's angles; leave the rest."""
+    half = cos.size(-1)
+    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
+    """Causal softmax attention with grouped key/value heads: q [B, T, H, d], k and v [B, T, G, d] -> [B, T, H, d]."""
+    if kernel == "fa3":
+        return flash_attn_func(q, k, v, causal=True)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if kernel == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    batch, heads, length, dim = q.shape
+    scores = q.unflatten(1, (k.size(1), -1)) @ k[:, :, None].transpose(-1, -2) / math.sqrt(dim)  # [B, G, H/G, T, T]
+    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)
+    return (weights @ v[:, :, None]).reshape(batch, heads, length, dim).transpose(1, 2)
+
+
+def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: take from each head's output y [B, T, H, d] its projection on its own position's value v [B, T, G, d]."""
+    grouped, v = y.unflatten(2, (v.size(2), -1)), v[:, :, :, None]  # [B, T, G, H/G, d], [B, T, G, 1, d]
+    along = (grouped * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp_min(1e-12)
+    return torch.addcmul(grouped, along, v, value=-1).flatten(2, 3)
+
+
+class SquaredLeakyReLU(torch.autograd.Function):
+    """leaky_relu(x, 0.5)^2, which is x * leaky_relu(x, 0.25); its derivative is twice the second factor."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        """Elementwise."""
+        half = F.leaky_relu(x, 0.25)
+        ctx.save_for_backward(half)
+        return x * half
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        """Elementwise."""
+        return (grad * ctx.saved_tensors[0]).mul_(2)
+
+
+HEAD_CHUNK_TOKENS = {"cpu": 512, "cuda": 16384}  # rows of logits that exist at a time; CPU: they stay in the cache
+
+
+class SoftcapCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy in nats of softcapped logits, c * tanh(x @ weight.T / c), in chunks of rows.
+
+    The gradients are made in the forward pass while a chunk's logits are at hand, so that neither the logits nor
+    their gradient ever exist for all rows: with 8192 pieces they would be most of the memory traffic of a small model.
+    |logit| <= c also spares the softmax its search for the maximum.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        """x [N, D] in the compute dtype, weight [V, D] fp32, targets [N] int64 -> scalar fp32."""
+        matrix = (weight / softcap).to(x.dtype)
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
+        total = torch.zeros((), device=x.device)
+        rows = HEAD_CHUNK_TOKENS[x.device.type]
+        for begin in range(0, len(x), rows):
+            part, target = x[begin:begin + rows], targets[begin:begin + rows, None]
+            cap = F.linear(part, matrix).float().tanh_()  # [rows, V], logit / softcap
+            picked = cap.gather(1, target)
+            p = torch.mul(cap, softcap).exp_()
+            mass = p.sum(1, keepdim=True)
+            total += (mass.log() - softcap * picked).sum()
+            # d loss / d (x @ weight.T) = (p / mass - onehot) * (1 - cap^2) / N; what is constant in a row is left to
+            # the narrow factors of the two products.
+            p.scatter_add_(1, target, -mass)
+            p = p.addcmul_(p, cap.square_(), value=-1).to(x.dtype)
+            per_row = (1 / (mass * len(x))).to(x.dtype)
+            grad_x[begin:begin + rows] = (p @ matrix) * (softcap * per_row)
+            grad_weight += p.t() @ (part * per_row)
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total / len(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        """Scale the gradients made in forward."""
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad, grad_weight * grad, None, None
+
+
+class GPT(nn.Module):
+    """The language model: tied embedding, virtual layers with U-Net skips, softcapped head.
+
+    Matrices live in banks, [matrices, out, in] stacks of one shape, so that Muon treats each bank as one batch.
+    """
+
+    BANKS = ("qo_bank", "kv_bank", "up_bank", "down_bank")
+
+    def __init__(self, config: Config, attention: str = "sdpa"):
+        """Make the parameters (fp32, on the CPU, from torch's global generator: torch.manual_seed decides)."""
+        super().__init__()
+        self.config, self.attention, self.looping = config, attention, False
+        self.dtype = torch.float32  # of the matrix products; `to_compute` sets another
+        layers, dim, heads = config.num_layers, config.model_dim, config.num_heads
+        kv_dim, hidden = config.num_kv_heads * config.head_dim, round(config.mlp_mult * dim)
+        self.schedules = {looping: build_schedule(config, looping and config.num_loops > 0)
+                          for looping in (False, True)}
+        skips = sum(v.push for v in self.schedules[True])
+        self.embedding = nn.Parameter(torch.empty(config.vocab_size, dim).normal_(0, config.tied_embed_init_std))
+        self.qo_bank = nn.Parameter(torch.zeros(2 * layers, dim, dim))  # q of layer i at i, output at layers + i
+        self.kv_bank = nn.Parameter(torch.zeros(2 * layers, kv_dim, dim))  # k of layer i at i, v at layers + i
+        self.up_bank = nn.Parameter(torch.zeros(layers, hidden, dim))
+        self.down_bank = nn.Parameter(torch.zeros(layers, dim, hidden))
+        for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.up_bank):  # outputs of sublayers start at zero
+            if min(matrix.shape) >= 64:
+                nn.init.orthogonal_(matrix.data)
+            else:
+                nn.init.uniform_(matrix.data, -dim ** -0.5, dim ** -0.5)
+        self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, dim))
+        self.attn_scale = nn.Parameter(torch.ones(layers, dim))
+        self.mlp_scale = nn.Parameter(torch.ones(layers, dim))
+        self.q_gain = nn.Parameter(torch.full((layers, heads), config.qk_gain_init))
+        self.skip_weights = nn.Parameter(torch.ones(skips, dim))
+        self.skip_gates = nn.Parameter(torch.zeros(skips, dim)) if config.skip_gates_enabled else None
+        improved = config.parallel_residual == "improved"
+        self.par_resid = nn.Parameter(torch.full((layers, 2), math.sqrt(1.1))) if improved else None
+        self.par_post = nn.Parameter(torch.ones(layers, 2, 2)) if improved else None
+
+    def to_compute(self, rt: Runtime) -> GPT:
+        """Move to the runtime's device, dtype and attention kernel; masters stay fp32."""
+        self.dtype, self.attention = rt.dtype, rt.attention
+        return self.to(rt.device)
+
+    def matrix_sites(self) -> dict[str, list[str]]:
+        """Name, for each matrix of each bank and for the embedding, the input that it is applied to (see `project`)."""
+        layers = range(self.config.num_layers)
+        return {"qo_bank": [f"attn_in.{i}" for i in layers] + [f"attn_out.{i}" for i in layers],
+                "kv_bank": [f"attn_in.{i}" for i in layers] * 2,
+                "up_bank": [f"mlp_in.{i}" for i in layers],
+                "down_bank": [f"mlp_hidden.{i}" for i in layers],
+                "embedding": ["head"]}
+
+    def project(self, x: Tensor, matrix: Tensor, site: str) -> Tensor:
+        """Apply a matrix [out, in]; every input of a matrix product but the loss's passes here, under its site."""
+        return F.linear(x, matrix)
+
+    def layer_weights(self) -> list[LayerWeights]:
+        """Join and scale the matrices, cast them to the compute dtype and sort them by layer."""
+        n, groups = self.config.num_layers, self.config.num_kv_heads
+        stacks = [torch.cat((self.qo_bank[:n], self.kv_bank[:n], self.kv_bank[n:]), 1),
+                  self.attn_scale[:, :, None] * self.qo_bank[n:], self.up_bank,
+                  self.mlp_scale[:, :, None] * self.down_bank,
+                  F.pad(self.q_gain, (0, groups), value=1.0)[:, :, None], self.resid_mix, self.par_resid, self.par_post]
+        return [LayerWeights(*w) for w in
+                zip(*([None] * n if stack is None else stack.to(self.dtype).unbind() for stack in stacks))]
+
+    def attend(self, x: Tensor, w: LayerWeights, layer: int, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Attention sublayer: [B, T, D] -> [B, T, D]."""
+        heads, groups = self.config.num_heads, self.config.num_kv_heads
+        qkv = self.project(x, w.qkv, f"attn_in.{layer}").unflatten(-1, (-1, self.config.head_dim))
+        qk, v = qkv.split((heads + groups, groups), dim=2)
+        q, k = rotate(norm(qk, w.qk_gain), *rope).split((heads, groups), dim=2)
+        y = causal_attention(q, k, v, self.attention)
+        if layer >= self.config.num_layers - self.config.xsa_last_n:
+            y = exclude_own_value(y, v)
+        return self.project(y.flatten(2), w.out, f"attn_out.{layer}")
+
+    def mlp(self, x: Tensor, w: LayerWeights, layer: int) -> Tensor:
+        """MLP sublayer: [B, T, D] -> [B, T, D]."""
+        hidden = SquaredLeakyReLU.apply(self.project(x, w.up, f"mlp_in.{layer}"))
+        return self.project(hidden, w.down, f"mlp_hidden.{layer}")
+
+    def block(self, lanes: list[Tensor], x0: Tensor, w: LayerWeights, layer: int, rope) -> list[Tensor]:
+        """Run one physical layer on one residual stream or on two lanes (PR #1529), each [B, T, D]."""
+        depth = 1 / math.sqrt(layer + 1) if self.config.ln_scale else 1.0
+        mixed = [torch.addcmul(w.resid_mix[0] * lane, w.resid_mix[1], x0) for lane in lanes]
+        attn_out = self.attend(norm(mixed[0], depth), w, layer, rope)
+        if len(lanes) == 1:
+            x = mixed[0] + attn_out
+            return [x + self.mlp(norm(x, depth), w, layer)]
+        mlp_out = self.mlp(norm(mixed[1], depth), w, layer)
+        (a, b), post = w.par_resid, w.par_post
+        return [(a * b) * lane + (b * post[0, k]) * attn_out + post[1, k] * mlp_out for k, lane in enumerate(lanes)]
+
+    def merge_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
+        """Join a popped encoder output with the decoder's stream."""
+        skip = self.skip_weights[row].to(x.dtype) * skip
+        if self.skip_gates is None:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Token ids [B, T] -> final normalized states [B, T, D], through the schedule in force."""
+        weights = self.layer_weights()
+        angles = rotary_angles(self.config, ids.size(1), ids.device)
+        rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        x0 = norm(F.embedding(ids, self.embedding).to(self.dtype))
+        lanes, skips = [x0], []
+        for v in self.schedules[self.looping]:
+            if v.skip >= 0:
+                skip = skips.pop()
+                lanes = [self.merge_skip(lane, skip, v.skip) for lane in lanes]
+            if v.lanes > len(lanes):
+                lanes = lanes * v.lanes
+            lanes = self.block(lanes, x0, weights[v.layer], v.layer, rope)
+            if v.push:
+                skips.append(lanes[-1])
+        return norm(lanes[-1])
+
+    def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean training loss in nats per token of ids and targets, both [B, T]."""
+        x = self.hidden(ids).flatten(0, 1)
+        return SoftcapCrossEntropy.apply(x, self.embedding, targets.flatten(), self.config.logit_softcap)
+
+    def logits(self, ids: Tensor, last: int) -> Tensor:
+        """Softcapped logits of the last `last` positions of each row: [B, T] -> [B, last, V] fp32."""
+        x = self.hidden(ids)[:, -last:]
+        z = F.linear(x, (self.embedding / self.config.logit_softcap).to(self.dtype))
+        return z.float().tanh_().mul_(self.config.logit_softcap)
+
+    def nll(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Score: nats of each target [B, S] of the last S positions of ids [B, T], under the full softmax, fp32."""
+        logits = self.logits(ids, targets.size(1))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Optimizer: Muon for the banks, AdamW for the rest; schedules; weight averaging
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def newton_schulz(g: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Orthogonalize a batch of matrices [..., m, n] approximately: singular values to within about 0.7..1.2 of one.
+
+    The quintic iteration of Muon (Jordan et al. 2024), with its coefficients; runs on the short side.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.to(dtype)
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+def bind_gradients(params: list[Tensor], sizes: list[int] | None = None) -> Tensor:
+    """Make every gradient a view into one flat buffer of zeros, which is returned; `sizes` may ask for padding."""
+    sizes = sizes or [p.numel() for p in params]
+    flat = torch.zeros(sum(sizes), device=params[0].device)
+    for p, segment in zip(params, flat.split(sizes)):
+        p.grad = segment[:p.numel()].view_as(p)
+    return flat
+
+
+class Optimizer:
+    """Muon on the banks and AdamW on everything else, for one rank and many.
+
+    All gradients live in one flat buffer. A step sums each bank's gradients into the rank that owns that slice of the
+    bank (reduce-scatter), orthogonalizes the own slice, and gathers the updates behind the AdamW steps. A bank whose
+    matrices do not divide by the ranks is padded with zeros, which an update leaves at zero.
+    """
+
+    def __init__(self, config: Config, rt: Runtime, model: GPT):
+        """Lay the gradients of `model` into one buffer and make the optimizer states."""
+        self.config, self.rt = config, rt
+        self.banks = [getattr(model, name) for name in GPT.BANKS]
+        rest = [p for name, p in model.named_parameters() if name not in (*GPT.BANKS, "embedding")]
+        padded = [-(-len(bank) // rt.world) * rt.world for bank in self.banks]
+        sizes = [n * bank[0].numel() for n, bank in zip(padded, self.banks)]
+        small = [model.embedding, *rest]
+        self.grads = bind_gradients([*self.banks, *small], sizes + [p.numel() for p in small])
+        *bank_grads, self.small_grads = self.grads.split([*sizes, len(self.grads) - sum(sizes)])
+        self.bank_grads = [g.view(n, *bank.shape[1:]) for g, n, bank in zip(bank_grads, padded, self.banks)]
+        self.momenta = [torch.zeros_like(g[:len(g) // rt.world]) for g in self.bank_grads]
+        self.adamw = torch.optim.AdamW(
+            [{"params": [model.embedding], "lr": config.tied_embed_lr, "weight_decay": config.embed_wd},
+             {"params": rest, "lr": config.scalar_lr, "weight_decay": config.adam_wd}],
+            betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+        self.base_lrs = [group["lr"] for group in self.adamw.param_groups]
+
+    def zero_grad(self):
+        """Forget the gradients of the last step."""
+        self.grads.zero_()
+
+    def step(self, lr_multiplier: float, momentum: float):
+        """Average the gradients over ranks, clip them, update all weights. Nothing here waits for the device."""
+        world = self.rt.world
+        slices = [torch.empty_like(m) for m in self.momenta]
+        pending = [reduce_scatter(s, g, async_op=True) for s, g in zip(slices, self.bank_grads)]
+        pending.append(self.rt.all_reduce(self.small_grads, asynchronous=True))
+        for work in pending:
+            work.wait()
+        torch._foreach_div_([*slices, self.small_grads], world)
+        self.clip(slices)
+        gathering = [self.muon_update(s, m, g, momentum) for s, m, g in zip(slices, self.momenta, self.bank_grads)]
+        for group, base in zip(self.adamw.param_groups, self.base_lrs):
+            group["lr"] = base * lr_multiplier
+        self.adamw.step()
+        lr = self.config.matrix_lr * lr_multiplier
+        for bank, (update, work) in zip(self.banks, gathering):
+            work.wait()
+            scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
+            bank.data.mul_(1 - lr * self.config.muon_wd).add_(update[:len(bank)], alpha=-lr * scale)
+
+    def clip(self, slices: list[Tensor]):
+        """Bound the norm of the averaged gradient of all weights."""
+        if self.config.grad_clip_norm:
+            square = sum(s.square().sum() for s in slices)
+            self.rt.all_reduce(square)
+            total = (square + self.small_grads.square().sum()).sqrt()
+            factor = (self.config.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([*slices, self.small_grads], factor)
+
+    def muon_update(self, grad: Tensor, buffer: Tensor, whole: Tensor, momentum: float):
+        """Orthogonalize the own slice's Nesterov momentum; return all slices' updates and the gathering under way."""
+        buffer.mul_(momentum).add_(grad)
+        update = grad.add(buffer, alpha=momentum)
+        if self.config.muon_row_normalize:
+            update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+        update = newton_schulz(update, self.config.muon_backend_steps, self.rt.dtype).contiguous()
+        gathered = torch.empty(whole.shape, dtype=update.dtype, device=update.device)
+        return gathered, all_gather(gathered, update, async_op=True)
+
+
+def lr_multiplier(config: Config, frac: float) -> float:
+    """Factor of all learning rates at `frac` of the budget: 1, then linear to MIN_LR over the last WARMDOWN_FRAC."""
+    if frac <= 1 - config.warmdown_frac:
+        return 1.0
+    return max((1 - frac) / config.warmdown_frac, config.min_lr)
+
+
+def muon_momentum(config: Config, step: int) -> float:
+    """Momentum at `step`: linear from the start value to MUON_MOMENTUM over the warm-up steps."""
+    frac = min(step / config.muon_momentum_warmup_steps, 1.0) if config.muon_momentum_warmup_steps else 1.0
+    return (1 - frac) * config.muon_momentum_warmup_start + frac * config.muon_momentum
+
+
+class WeightAverage:
+    """Exponential moving average of all weights, fp32."""
+
+    def __init__(self, model: GPT, decay: float):
+        """Start at the model's present weights."""
+        self.weights, self.decay = list(model.parameters()), decay
+        self.average = [p.detach().clone() for p in self.weights]
+
+    def update(self):
+        """Take in the present weights."""
+        torch._foreach_lerp_(self.average, [p.data for p in self.weights], 1 - self.decay)
+
+    def apply(self):
+        """Put the average into the model."""
+        torch._foreach_copy_([p.data for p in self.weights], self.average)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Training: the loop, and nothing else
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Pulse:
+    """What all ranks must agree on, once a step: the mean loss and rank 0's clock.
+
+    The sum over ranks is sent before the optimizer's work and read after it, when it has long arrived: no step waits
+    for the device, and the host is never more than one step ahead.
+    """
+
+    def __init__(self, rt: Runtime):
+        """Allocate the host's copy."""
+        self.rt, on_gpu = rt, rt.device.type == "cuda"
+        self.host = torch.zeros(2, pin_memory=on_gpu)
+        self.arrived = torch.cuda.Event() if on_gpu else None
+
+    def send(self, loss: Tensor, seconds: float):
+        """Begin to share this step's loss and clock."""
+        clock = torch.full((), seconds if self.rt.main else 0.0, device=self.rt.device)
+        values = torch.stack([loss / self.rt.world, clock])
+        self.rt.all_reduce(values)
+        self.host.copy_(values, non_blocking=True)
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self) -> tuple[float, float]:
+        """Return (mean loss in nats, seconds) of the last step sent."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return tuple(self.host.tolist())
+
+
+class TrainingResult(NamedTuple):
+    """What the record tells about training."""
+
+    steps: int
+    seconds: float
+    loss: float
+
+
+def backward_batch(loss_fn: Callable, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Accumulate the gradients of a rank's micro-batches; returns their mean loss, on the device."""
+    total = torch.zeros((), device=batch[0][0].device)
+    for inputs, targets in batch:
+        loss = loss_fn(inputs, targets) / len(batch)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def warm_up(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: TrainData):
+    """Compile both looping states on training batches, then put the weights back: its effect is thrown away.
+
+    The optimizer and its states are made for the warm-up alone; the order of the data is a function of the step.
+    """
+    if config.warmup_steps:
+        rt.log(f"warm-up: {config.warmup_steps} steps in each looping state, on training data; weights are restored")
+        initial = [p.detach().clone() for p in model.parameters()]
+        optimizer, progress = Optimizer(config, rt, model), Progress(rt, "warm-up", 2 * config.warmup_steps)
+        for step in range(2 * config.warmup_steps):
+            model.looping = step >= config.warmup_steps
+            optimizer.zero_grad()
+            backward_batch(loss_fn, data.batch(step))
+            optimizer.step(1.0, config.muon_momentum)
+            progress.at(step + 1)
+        model.looping = False
+        torch._foreach_copy_([p.data for p in model.parameters()], initial)
+
+
+def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: TrainData,
+          validate: Callable[[], str]) -> TrainingResult:
+    """Train until ITERATIONS or the budget is used up; the model ends with the averaged weights and its loops on.
+
+    `validate` scores the validation split and returns the line to log; the clock stands still meanwhile.
+    Raises FloatingPointError that names the step if the loss is not finite.
+    """
+    budget = config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else None
+    optimizer, average, pulse = Optimizer(config, rt, model), WeightAverage(model, config.ema_decay), Pulse(rt)
+    paused, begin, shown, step, loss = 0.0, rt.clock(), 0.0, 0, math.nan
+    while True:
+        if step:
+            loss, seconds = pulse.read()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the training loss is {loss} at step {step}: lower the learning rates")
+        else:
+            seconds = 0.0
+        if step and (step <= 5 or step % config.train_log_every == 0 or seconds - shown > 30):
+            shown = seconds
+            rt.log(f"{step}/{config.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m "
+                   f"tok/s: {step * config.train_batch_tokens / max(seconds, 1e-9):.0f}")
+        frac = seconds / budget if budget else step / config.iterations
+        done = step == config.iterations or frac >= 1
+        if done or (config.val_loss_every and step and step % config.val_loss_every == 0):
+            pause = rt.clock()
+            rt.log(f"{step}/{config.iterations} {validate()}")
+            paused += rt.clock() - pause
+        if done:
+            break
+        if not model.looping and config.num_loops and frac >= config.enable_looping_at:
+            model.looping = True
+            halves = [[v.layer for v in model.schedules[True] if v.push == encoder] for encoder in (True, False)]
+            rt.log(f"layer_loop:enabled step:{step} frac:{frac:.3f} encoder:{halves[0]} decoder:{halves[1]}")
+        optimizer.zero_grad()
+        step_loss = backward_batch(loss_fn, data.batch(step))
+        pulse.send(step_loss, time.perf_counter() - rt.start - begin - paused)
+        optimizer.step(lr_multiplier(config, frac), muon_momentum(config, step))
+        if config.ema_decay:
+            average.update()
+        step += 1
+    seconds = rt.clock() - begin - paused
+    if step < config.iterations:
+        rt.log(f"stopping_early: wallclock_cap train_time: {seconds * 1000:.0f}ms step: {step}/{config.iterations}")
+    if config.ema_decay:
+        average.apply()
+    model.looping = config.num_loops > 0
+    return TrainingResult(step, seconds, loss)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Quantization: Hessians from training data, GPTQ with one scale per row
+# ----------------------------------------------------------------------------------------------------------------------
+
+KEPT_FP16_ELEMENTS = 65536  # tensors (whole banks) of at most so many elements are stored as fp16
+MIN_ROW_SCALE = 2.0**-24  # fp16's smallest positive number: an all-zero row still has a scale to divide by
+
+
+@torch.no_grad()
+def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -> dict[str, Tensor]:
+    """Mean of x x^T over training tokens for every input x of a matrix product: {site: [in, in] fp32}.
+
+    A site that the loops visit several times averages over all visits. The embedding's site, `head`, sees the final
+    normalized states. Each rank takes its slice of GPTQ_CALIBRATION_BATCHES global batches, and the sums are added.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def add(x: Tensor, site: str):
+        rows = x.flatten(0, -2).float()
+        if site not in sums:
+            sums[site], counts[site] = torch.zeros(rows.size(1), rows.size(1), device=rows.device), 0
+        sums[site].addmm_(rows.t(), rows)
+        counts[site] += len(rows)
+
+    def observed(x: Tensor, matrix: Tensor, site: str) -> Tensor:
+        add(x, site)
+        return F.linear(x, matrix)
+
+    model.project = observed  # shadows the method on this one model, until the `del` below
+    progress = Progress(rt, "calibration", config.gptq_calibration_batches)
+    try:
+        for number in range(config.gptq_calibration_batches):
+            for inputs, _ in data.batch(number):
+                add(model.hidden(inputs), "head")
+            progress.at(number + 1)
+    finally:
+        del model.project
+    for site, total in sums.items():
+        rt.all_reduce(total)
+        total /= counts[site] * rt.world
+    return sums
+
+
+def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: float = 12.85, damping: float = 0.01,
+                  block: int = 128) -> tuple[Tensor, Tensor]:
+    """Round a batch of matrices to `bits`-bit integers, each column's error fed forward to the columns after it.
+
+    weight [..., out, in] and hessian [..., in, in] (mean of x x^T of its inputs) -> integers int8 [..., out, in] in
+    [-(2^(bits-1) - 1), 2^(bits-1) - 1] and row scales fp16 [..., out]; the matrix is about integers * scale.
+
+    GPTQ (Frantar et al. 2022) in the order of falling diag(hessian): with U the upper Cholesky factor of the damped
+    hessian's inverse, column j's error over U[j, j], times U[j, k], is taken from every later column k. SDClip: the
+    scale of a row is clip_sigmas standard deviations over the largest integer.
+    Raises torch.linalg.LinAlgError if the damped hessian is not positive definite (it holds NaN, say).
+    """
+    w, h = weight.float(), hessian.float().clone()
+    columns, top = w.size(-1), 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * w.std(-1, keepdim=True) / top).clamp(MIN_ROW_SCALE, torch.finfo(torch.half).max).half()
+    step = scale.float()  # [..., out, 1]
+    diagonal = h.diagonal(dim1=-2, dim2=-1)  # a view: writing to it writes to h
+    dead = diagonal == 0
+    diagonal += damping * diagonal.mean(-1, keepdim=True) + dead  # a dead input gets a one, so h stays invertible
+    order = diagonal.sort(descending=True, stable=True).indices
+    columns_in_order = order[..., None, :].expand_as(w)
+    w = w.masked_fill(dead[..., None, :], 0).gather(-1, columns_in_order)
+    h = h.gather(-2, order[..., None].expand_as(h)).gather(-1, order[..., None, :].expand_as(h))
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    integers = torch.empty_like(w)
+    for begin in range(0, columns, block):
+        end = min(begin + block, columns)
+        part, errors = w[..., begin:end].clone(), torch.empty_like(w[..., begin:end])
+        u = upper[..., begin:end, begin:end]
+        for j in range(end - begin):
+            column = part[..., j:j + 1]
+            integer = (column / step).round().clamp(-top, top)
+            error = (column - integer * step) / u[..., j:j + 1, j:j + 1]
+            part[..., j:] -= error * u[..., j:j + 1, j:]
+            integers[..., begin + j:begin + j + 1], errors[..., j:j + 1] = integer, error
+        w[..., end:] -= errors @ upper[..., begin:end, end:]
+    integers = torch.empty_like(integers).scatter_(-1, columns_in_order, integers)
+    return integers.to(torch.int8), scale.squeeze(-1)
+
+
+def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
+    """Undo gptq_quantize: integers [..., out, in] times row scales [..., out], fp32."""
+    return integers.float() * scale.float()[..., None]
+
+
+@torch.no_grad()
+def quantize(config: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the model's weights into the artifact's tensors, on the CPU.
+
+    A quantized parameter P becomes `P.q` (int8) and `P.scale` (fp16); one of at most 65,536 elements stays P (fp16).
+    """
+    tensors, sites = {}, model.matrix_sites()
+    progress = Progress(rt, "GPTQ", sum(p.numel() for p in model.parameters()))
+    done = 0
+    for name, p in model.named_parameters():
+        if p.numel() <= KEPT_FP16_ELEMENTS:
+            tensors[name] = p.half().cpu()
+        else:
+            bits, clip_sigmas = ((config.embed_bits, config.embed_clip_sigmas) if name == "embedding" else
+                                 (config.matrix_bits, config.matrix_clip_sigmas))
+            hessian = torch.stack([hessians[site] for site in sites[name]])
+            integers, scale = gptq_quantize(p.view(len(hessian), *p.shape[-2:]), hessian, bits, clip_sigmas)
+            tensors[f"{name}.q"] = integers.view(p.shape).cpu()
+            tensors[f"{name}.scale"] = scale.reshape(p.shape[:-1]).cpu()
+        done += p.numel()
+        progress.at(done)
+    return tensors
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. Artifact: a container of its own, from which nothing is ever executed
+# ----------------------------------------------------------------------------------------------------------------------
+#
+#   magic "PGLF" | version u16 | header bytes u32 | SHA-256 of all that follows, version and header bytes before it
+#   header: JSON, Brotli-compressed: {settings, compressor, tensors: [[name, dtype, shape], ...], streams: [bytes, ...]}
+#   streams: the tensors in the header's order, one plane per byte of the dtype, cut into pieces that are compressed
+#   each on its own (so that all cores work)
+
+ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 1
+ARTIFACT_PREFIX = struct.Struct("<4sHI32s")
+PIECE_BYTES, MAX_RAW_BYTES = 4 << 20, 1 << 30
+ARTIFACT_DTYPES = {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32}
+SUBMISSION_CAP_BYTES = 16_000_000
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
+
+
+class ArtifactError(ValueError):
+    """The file is no artifact of this script, or not the one that was written."""
+
+
+def compress(data: bytes, compressor: str) -> bytes:
+    """Compress one piece."""
+    if compressor == "lzma":
+        return lzma.compress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    return brotli.compress(data, quality=11, lgwin=24)
+
+
+def decompress(data: bytes, compressor: str, size: int) -> bytes:
+    """Undo `compress`, never producing much more than `size` bytes; raise ArtifactError unless it is exactly that."""
+    try:
+        if compressor == "lzma":
+            raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, max_length=size + 1)
+        else:
+            raw = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
+    except (brotli.error, lzma.LZMAError, EOFError) as error:
+        raise ArtifactError(f"a stream of the artifact does not decompress: {error}") from error
+    if len(raw) != size:
+        raise ArtifactError(f"a stream of the artifact should hold {size} bytes, but does not")
+    return raw
+
+
+def cut(size: int) -> list[int]:
+    """Lengths of the pieces that `size` bytes are cut into."""
+    return [min(PIECE_BYTES, size - begin) for begin in range(0, size, PIECE_BYTES)]
+
+
+def byte_planes(tensor: Tensor) -> bytes:
+    """A tensor's little-endian bytes, all first bytes, then all second bytes, ..."""
+    array = np.ascontiguousarray(tensor.detach().cpu().numpy())
+    return array.view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
+
+
+def pack_artifact(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> bytes:
+    """Serialize tensors (int8, fp16 or fp32) and a JSON-able header; `header["compressor"]` says how (brotli, lzma).
+
+    Raises TypeError for any other dtype. `unpack_artifact` gives both back.
+    """
+    names = {dtype: name for name, dtype in ARTIFACT_DTYPES.items()}
+    for name, tensor in tensors.items():
+        if tensor.dtype not in names:
+            raise TypeError(f"tensor {name} is {tensor.dtype}; the artifact holds {', '.join(ARTIFACT_DTYPES)}")
+    # Tensors of one dtype lie together: the compressor then sees like with like.
+    ordered = sorted(tensors.items(), key=lambda item: names[item[1].dtype])
+    raw = b"".join(byte_planes(tensor) for _, tensor in ordered)
+    compressor = header.get("compressor", "brotli")
+    ends = np.cumsum([0, *cut(len(raw))])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors release the interpreter's lock
+        streams = list(pool.map(lambda i: compress(raw[ends[i]:ends[i + 1]], compressor), range(len(ends) - 1)))
+    head = {**header, "compressor": compressor,
+            "tensors": [[name, names[tensor.dtype], list(tensor.shape)] for name, tensor in ordered],
+            "streams": [len(s) for s in streams]}
+    packed_head = brotli.compress(json.dumps(head, separators=(",", ":")).encode(), quality=11)
+    body = struct.pack("<HI", ARTIFACT_VERSION, len(packed_head)) + packed_head + b"".join(streams)
+    digest = hashlib.sha256(body).digest()
+    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed_head), digest) + body[6:]
+
+
+def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Read what pack_artifact wrote -> (tensors, header). Nothing from the file is executed.
+
+    Raises ArtifactError for a truncated, altered or foreign file, or a header that lies about shapes or sizes.
+    """
+    if len(data) < ARTIFACT_PREFIX.size or data[:4] != ARTIFACT_MAGIC:
+        raise ArtifactError("this is no artifact of train_gpt.py (wrong magic or too short)")
+    _, version, head_bytes, digest = ARTIFACT_PREFIX.unpack_from(data)
+    if version != ARTIFACT_VERSION:
+        raise ArtifactError(f"the artifact has version {version}, this script reads {ARTIFACT_VERSION}")
+    body = data[ARTIFACT_PREFIX.size:]
+    if hashlib.sha256(struct.pack("<HI", version, head_bytes) + body).digest() != digest:
+        raise ArtifactError("the artifact is damaged: its checksum does not fit (truncated or altered)")
+    try:
+        head = json.loads(brotli.Decompressor().process(body[:head_bytes], output_buffer_limit=1 << 20))
+        table = [(str(name), ARTIFACT_DTYPES[dtype], tuple(shape)) for name, dtype, shape in head.pop("tensors")]
+        lengths, compressor = head.pop("streams"), head["compressor"]
+        counts = [math.prod(shape) for _, _, shape in table]
+        sane = all(type(n) is int and n >= 0 for n in (*lengths, *(n for _, _, shape in table for n in shape)))
+    except (brotli.error, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"the artifact's header cannot be read: {error!r}") from error
+    sizes = [count * dtype.itemsize for count, (_, dtype, _) in zip(counts, table)]
+    if not sane or sum(sizes) > MAX_RAW_BYTES or len({name for name, _, _ in table}) != len(table):
+        raise ArtifactError("the artifact's header is impossible: negative, huge or repeated tensors")
+    ends = np.cumsum([head_bytes, *lengths])
+    pieces = cut(sum(sizes))
+    if len(pieces) != len(lengths) or ends[-1] != len(body):
+        raise ArtifactError("the artifact's header does not fit its streams")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        raw = b"".join(pool.map(lambda i: decompress(body[ends[i]:ends[i + 1]], compressor, pieces[i]),
+                                range(len(pieces))))
+    tensors, begin = {}, 0
+    for (name, dtype, shape), size in zip(table, sizes):
+        planes = np.frombuffer(raw, np.uint8, size, begin).reshape(dtype.itemsize, -1)
+        tensors[name] = torch.from_numpy(np.ascontiguousarray(planes.T)).flatten().view(dtype).reshape(shape)
+        begin += size
+    return tensors, head
+
+
+def artifact_header(config: Config) -> dict[str, object]:
+    """What an artifact says of itself: the settings beside its preset's, without folders and machine settings."""
+    preset = Config(**PRESETS[config.preset])
+    kept = [f.name for f in dataclasses.fields(Config)
+            if f.metadata["room"] in ("model", "optimizer", "quantization", "evaluation")]
+    settings = {name: getattr(config, name) for name in kept if getattr(config, name) != getattr(preset, name)}
+    return {"settings": {"preset": config.preset, "seed": config.seed, **settings}, "compressor": config.compressor}
+
+
+def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tensor]) -> GPT:
+    """Build the model that an artifact's tensors describe; raise ArtifactError if they do not fit its settings."""
+    model = GPT(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            stored = (dequantize(tensors[f"{name}.q"], tensors[f"{name}.scale"])
+                      if f"{name}.q" in tensors and f"{name}.scale" in tensors else tensors.get(name))
+            if stored is None or stored.shape != p.shape:
+                raise ArtifactError(f"the artifact has no {name} of shape {list(p.shape)}: it is another model's")
+            p.copy_(stored)
+    model.looping = config.num_loops > 0
+    return model.to_compute(rt)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Evaluation: one scoring function; plain, sliding and test-time-training walks over it
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Scores:
+    """The score of every target of the validation split, filled window by window.
+
+    nll [N] fp64 in nats and times_scored [N] on the device; another slot at the end takes the padding.
+    """
+
+    def __init__(self, rt: Runtime, val: ValidationData):
+        """Nothing is scored yet."""
+        self.rt, self.val, self.begin = rt, val, rt.clock()
+        self.nll = torch.zeros(val.targets + 1, dtype=torch.float64, device=rt.device)
+        self.times_scored = torch.zeros(val.targets + 1, dtype=torch.int32, device=rt.device)
+
+    def add(self, positions: Tensor, nll: Tensor):
+        """Enter the scores of target positions (both [B, S]); a position beyond the split is padding."""
+        positions = positions.clamp(max=self.val.targets).flatten()
+        self.nll.index_add_(0, positions, nll.flatten().double())
+        self.times_scored.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
+
+    def finish(self) -> dict[str, float]:
+        """Join the ranks' scores -> {val_loss (nats per token), val_bpb, seconds}; `nll` then holds all of them."""
+        self.nll, self.times_scored = self.nll[:-1], self.times_scored[:-1]
+        self.rt.all_reduce(self.nll)
+        self.rt.all_reduce(self.times_scored)
+        total = float(self.nll.sum())
+        return {"val_loss": total / self.val.targets, "val_bpb": self.val.bits_per_byte(total),
+                "seconds": self.rt.clock() - self.begin}
+
+    def single_pass(self) -> bool:
+        """Whether every target was scored exactly once (known after `finish`)."""
+        return bool((self.times_scored == 1).all())
+
+
+def windows(config: Config, targets: int, stride: int) -> list[tuple[int, int]]:
+    """Cover all targets, each once, by (start of the window, number of its last targets that it scores).
+
+    The first window scores all its EVAL_SEQ_LEN targets, each later one starts `stride` further and scores its last
+    `stride`; with a stride of EVAL_SEQ_LEN they do not overlap. The last window may reach beyond the split.
+    """
+    length = config.eval_seq_len
+    return [(0, length), *((start, stride) for start in range(stride, targets - length + stride, stride))]
+
+
+@torch.no_grad()
+def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores, chosen: list[tuple[int, int]],
+                  progress: Progress | None = None):
+    """Score this rank's share of the `chosen` windows: the one way in which any target gets its score.
+
+    A window is (start, count): inputs are EVAL_SEQ_LEN tokens from `start`, scored are its last `count` targets.
+    Shapes are static: a batch is filled up with windows that lie beyond the split, and so does not count.
+    """
+    length, val = config.eval_seq_len, scores.val
+    batch = max(1, min(config.val_batch_tokens, rt.micro_batch_tokens) // length)
+    mine = [chosen[i] for i in rt.share(len(chosen))]
+    for count in sorted({count for _, count in mine}, reverse=True):
+        starts = [start for start, n in mine if n == count]
+        for begin in range(0, len(starts), batch):
+            part = starts[begin:begin + batch]
+            start = torch.tensor(part + [val.targets] * (batch - len(part)), device=rt.device)[:, None]
+            inside = start + torch.arange(length, device=rt.device)  # [B, T] token positions
+            ids = val.tokens[inside.clamp(max=val.targets)].long()
+            positions = inside[:, -count:]
+            targets = val.tokens[(positions + 1).clamp(max=val.targets)].long()
+            scores.add(positions, nll_fn(ids, targets))
+            if progress:
+                progress.at(min(begin + batch, len(starts)))
+
+
+def evaluate(config: Config, rt: Runtime, nll_fn: Callable, val: ValidationData, stride: int, stage: str) -> Scores:
+    """Score the split with windows every `stride` tokens; a stride of EVAL_SEQ_LEN is the plain evaluation."""
+    scores, chosen = Scores(rt, val), windows(config, val.targets, stride)
+    score_windows(config, rt, nll_fn, scores, chosen, Progress(rt, stage, len(chosen) // rt.world))
+    return scores
+
+
+def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll_fn: Callable,
+                 val: ValidationData) -> Scores:
+    """Score-first test-time training: a chunk is scored by sliding windows, only then does the model learn from it.
+
+    A window belongs to the chunk of its first scored target, so that all targets of a chunk have their final scores
+    before any update sees one of them. There is no update after the last chunk. Changes the model's weights.
+    """
+    scores, chunk = Scores(rt, val), config.ttt_chunk_tokens
+    chunks = -(-val.targets // chunk)
+    members: list[list[tuple[int, int]]] = [[] for _ in range(chunks)]
+    for start, count in windows(config, val.targets, config.eval_stride):
+        members[(start + config.eval_seq_len - count) // chunk].append((start, count))
+    grads = bind_gradients(list(model.parameters()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.ttt_lr, momentum=config.ttt_momentum)
+    progress = Progress(rt, "TTT", chunks)
+    for number, chosen in enumerate(members):
+        score_windows(config, rt, nll_fn, scores, chosen)
+        if number + 1 < chunks:
+            cosine = 0.5 * (1 + math.cos(math.pi * number / max(chunks - 1, 1)))
+            optimizer.param_groups[0]["lr"] = config.ttt_lr * cosine
+            adapt(config, rt, loss_fn, optimizer, grads, val.tokens[number * chunk:(number + 1) * chunk + 1])
+        progress.at(number + 1)
+    return scores
+
+
+def adapt(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim.Optimizer, grads: Tensor,
+          tokens: Tensor):
+    """Run TTT_EPOCHS epochs of SGD on the sequences of one scored chunk, tokens [C + 1]; the ranks share each batch."""
+    length = config.eval_seq_len
+    sequences = tokens.unfold(0, length + 1, length).long()  # [sequences, length + 1]
+    at_once = max(1, rt.micro_batch_tokens // length)
+    for _ in range(config.ttt_epochs):
+        for batch in sequences.split(config.ttt_batch_seqs):
+            grads.zero_()
+            share = rt.share(len(batch))
+            for part in batch[share.start:share.stop].split(at_once):
+                if len(part):
+                    (loss_fn(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))).backward()
+            rt.all_reduce(grads)
+            if config.ttt_grad_clip:
+                grads *= (config.ttt_grad_clip / (grads.norm() + 1e-6)).clamp(max=1.0)
+            optimizer.step()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Submission: the packed script, the checks, the record, and what is made from records
+# ----------------------------------------------------------------------------------------------------------------------
+
+PACKED_FIRST_LINE = b"#coding:latin1\n"
+TRAIN_LIMIT_SECONDS = EVAL_LIMIT_SECONDS = 600
+
+
+def strip_source(source: str) -> str:
+    """Remove docstrings, comments, annotations, settings' meanings and needless white space; the program stays.
+
+    Works on the source's own tokens and not on a rewritten tree, so that every Python version gives the same text.
+    """
+    lines = source.splitlines(keepends=True)
+    line_starts = np.cumsum([0, *map(len, lines)]).tolist()
+
+    def offset(line, column):
+        return line_starts[line - 1] + column  # the source is ASCII: columns in bytes are columns in characters
+
+    def span(node):
+        return offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)
+
+    edits = []  # (begin, end, replacement)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if ast.get_docstring(node) is not None:
+                edits.append((*span(node.body[0]), "" if len(node.body) > 1 else "0"))
+            for field in node.body if isinstance(node, ast.ClassDef) else ():
+                if isinstance(field, ast.AnnAssign):  # dataclasses and named tuples need one, whatever it says
+                    edits.append((*span(field.annotation), "int"))
+                    if isinstance(field.value, ast.Call):
+                        edits.append((*span(field.value.args[1]), "''"))
+        if isinstance(node, ast.FunctionDef):
+            edits += [(span(item.target)[1], span(item.annotation)[1], "") for item in node.body
+                      if isinstance(item, ast.AnnAssign)]
+            if node.returns:
+                edits.append((source.rindex("->", 0, span(node.returns)[0]), span(node.returns)[1], ""))
+        if isinstance(node, ast.arg) and node.annotation:
+            edits.append((span(node)[0] + len(node.arg), span(node.annotation)[1], ""))
+    for begin, end, replacement in sorted(edits, reverse=True):
+        source = source[:begin] + replacement + source[end:]
+    return squeeze_tokens(source)
+
+
+def squeeze_tokens(source: str) -> str:
+    """Write a program's tokens with one space of indentation per level and no other white space that can go."""
+    lines, out, depth, nested, opened = source.splitlines(keepends=True), [], 0, 0, None
+    string_start, string_end = getattr(tokenize, "FSTRING_START", None), getattr(tokenize, "FSTRING_END", None)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        text = token.string
+        if token.type == string_start:  # Python 3.12 cuts f-strings into tokens: copy them whole, spaces and all
+            nested, opened = nested + 1, opened or token.start
+        if nested:
+            nested -= token.type == string_end
+            if nested:
+                continue
+            (row, column), (end_row, end_column), opened = opened, token.end, None
+            assert row == end_row, "an f-string of the source spans lines"
+            text = lines[row - 1][column:end_column]
+        if token.type in (tokenize.INDENT, tokenize.DEDENT):
+            depth += 1 if token.type == tokenize.INDENT else -1
+        elif token.type == tokenize.NEWLINE:
+            out.append("\n")
+        elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
+            if not out or out[-1] == "\n":
+                out.append(" " * depth)
+            elif re.match(r"\w\w", out[-1][-1] + text[0]):
+                out.append(" ")
+            out.append(text)
+    return "".join(out)
+
+
+def pack_source(source: bytes) -> bytes:
+    """Make the packed script of the readable one: stripped, Brotli-compressed, in a Latin-1 literal; deterministic.
+
+    A packed script is returned as it is: packing it again could only make it longer. The unpacked source is registered
+    with linecache, for whoever inspects the running code.
+    """
+    if source.startswith(PACKED_FIRST_LINE):
+        return source
+    packed = brotli.compress(strip_source(source.decode("ascii")).encode(), quality=11, lgwin=24,
+                             mode=brotli.MODE_TEXT)
+    literal = packed.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r").replace('"', '\\"')
+    literal = re.sub("\0(?=[0-7])", r"\\x00", literal).replace("\0", "\\0")
+    program = (f'import brotli,linecache\ns=brotli.decompress("""{literal}""".encode("latin1")).decode()\nf="unpacked_"'
+               '+__name__\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\nexec(compile(s,f,"exec"))\n')
+    return PACKED_FIRST_LINE + program.encode("latin-1")
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+class Record:
+    """What a run reports: logs/<RUN_ID>.json, rewritten whole after every stage, so that no figure is ever lost.
+
+    It is the one source of figures: submission.json and the README's table are made from records alone.
+    """
+
+    STAGES = ("prequant", "quantized", "sliding", "ttt")
+
+    def __init__(self, config: Config, rt: Runtime, run_id: str):
+        """Begin the record with what is known before any work; everything not yet measured is null."""
+        self.rt, self.path = rt, Path(config.log_dir) / f"{run_id}.json"
+        self.data = {
+            "run_id": run_id, "mode": config.mode, "preset": config.preset, "seed": config.seed,
+            "settings": config.non_defaults(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "hardware": rt.hardware(), "world_size": rt.world, "python": platform.python_version(),
+            "torch": torch.__version__, "attention_backend": rt.attention, "source_sha256": sha256(SOURCE),
+            **dict.fromkeys(("steps", "train_seconds", "calibration_seconds", "quantize_seconds", "step_ms",
+                             "tokens_per_second", "peak_memory_mib", "val_tokens", "val_bytes", *self.STAGES,
+                             "artifact_bytes", "code_bytes", "total_bytes", "artifact_sha256", "code_sha256",
+                             "eval_seconds", "compliant")),
+            "checks": []}
+
+    def set(self, **values):
+        """Enter figures and save."""
+        self.data.update(values)
+        self.save()
+
+    def check(self, name: str, ok: bool, detail: str):
+        """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
+        self.data["checks"].append({"name": name, "ok": bool(ok), "detail": detail})
+        self.rt.log(f"check {name}: {'ok' if ok else 'FAILED'} ({detail})")
+
+    def stage(self, name: str, label: str, scores: Scores):
+        """Log and enter a finished evaluation, and check that it scored every target once."""
+        result = scores.finish()
+        self.rt.log(f"{label} {score_line(result)}")
+        self.check(f"single_pass_{name}", scores.single_pass(),
+                   f"{int((scores.times_scored == 1).sum())} of {scores.val.targets} targets scored exactly once")
+        self.set(**{name: result})
+
+    def save(self):
+        """Write the file."""
+        if self.rt.main:
+            write_file(self.path, (json.dumps(self.data, indent=2) + "\n").encode())
+
+
+def score_line(result: Mapping[str, float]) -> str:
+    """An evaluation in the log's community form."""
+    return (f"val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} "
+            f"eval_time:{result['seconds'] * 1000:.0f}ms")
+
+
+def check_byte_count(record: Record, config: Config, val: ValidationData, sp: spm.SentencePieceProcessor,
+                     most_tokens: int = 2_000_000):
+    """Hold the byte tables against the decoded text, document by document; spread samples of a large split."""
+    tokens = val.tokens.cpu().numpy()
+    starts = np.flatnonzero(tokens == sp.bos_id())
+    ends = np.append(starts[1:], len(tokens))
+    every = -(-len(tokens) // most_tokens)
+    totals = np.concatenate([[0], np.cumsum(val.target_bytes.numpy())])  # bytes of the targets before p
+    # EVAL_DROP_TAIL may cut the last document inside a character, which then decodes to something else.
+    documents = list(zip(starts, ends))[:len(starts) - config.eval_drop_tail:every]
+    wrong = [int(begin) for begin, end in documents
+             if totals[end - 1] - totals[begin] != len(sp.decode(tokens[begin:end].tolist()).encode("utf-8"))]
+    record.check("byte_count", documents and not wrong,
+                 f"{len(documents)} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables"
+                 + (f", first at token {wrong[0]}" if wrong else ""))
+
+
+def final_checks(record: Record, config: Config):
+    """Hold the run against the contest's limits and fill in `compliant`."""
+    data = record.data
+    if data["train_seconds"] is not None:
+        used = data["train_seconds"] + data["calibration_seconds"] + data["quantize_seconds"]
+        record.check("train_seconds", used <= TRAIN_LIMIT_SECONDS,
+                     f"training {data['train_seconds']:.1f} + calibration {data['calibration_seconds']:.1f} + "
+                     f"quantization {data['quantize_seconds']:.1f} = {used:.1f} s of {TRAIN_LIMIT_SECONDS}")
+    record.check("eval_seconds", data["eval_seconds"] <= EVAL_LIMIT_SECONDS,
+                 f"{data['eval_seconds']:.1f} s of {EVAL_LIMIT_SECONDS}")
+    record.check("total_bytes", data["total_bytes"] <= SUBMISSION_CAP_BYTES,
+                 f"code {data['code_bytes']} + artifact {data['artifact_bytes']} = {data['total_bytes']} bytes "
+                 f"of {SUBMISSION_CAP_BYTES}")
+    record.check("full_split", not config.eval_drop_tail,
+                 "the last partial window is left out" if config.eval_drop_tail else "the tail is scored")
+    record.set(compliant=all(check["ok"] for check in data["checks"]))
+    record.rt.log(f"compliant: {data['compliant']}")
+
+
+def results_table(records: list[dict]) -> str:
+    """The README's table of records, Markdown; the hardware and the data are named in every row."""
+    def bpb(record, stage):
+        return f"{record[stage]['val_bpb']:.4f}" if record[stage] else "-"
+
+    rows = ["| run | hardware | validation tokens | steps | tok/s | prequant | quantized | sliding | TTT | bytes |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    rows += [f"| {r['run_id']} | {r['hardware']} | {r['val_tokens']} | {r['steps']} | {r['tokens_per_second'] or '-'} | "
+             + " | ".join(bpb(r, stage) for stage in Record.STAGES) + f" | {r['total_bytes']} |" for r in records]
+    return "\n".join(rows)
+
+
+def is_contest_run(record: Mapping[str, object]) -> bool:
+    """Whether a record can stand for the contest: 8 H100s and a split as large as FineWeb's (40.5M tokens)."""
+    return bool("8x NVIDIA H100" in record["hardware"] and record["val_tokens"] > 40_000_000 and record["compliant"])
+
+
+def collect(config: Config):
+    """MODE=collect: make ./submission.json and the README's table from RECORDS; null where nothing was measured.
+
+    Only records of contest runs (8xH100, the full split, all checks passed) may fill the contest's figures; all others
+    stand under `rehearsals`. Raises UsageError for a record that is missing or unreadable.
+    """
+    records = []
+    for path in map(Path, config.records.split()):
+        try:
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+            results_table(records[-1:])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"RECORDS: {path} is no record of a run ({error!r})") from error
+    if not records:
+        raise UsageError("MODE=collect needs RECORDS=\"logs/a.json logs/b.json ...\"")
+    counted = [r for r in records if is_contest_run(r)]
+    scores = {r["seed"]: (r["ttt"] or r["sliding"] or r["quantized"]) for r in counted}
+    mean = sum(s["val_bpb"] for s in scores.values()) / len(scores) if scores else None
+    rehearsed = ("run_id", "hardware", "val_tokens", *Record.STAGES, "total_bytes", "compliant")
+    submission = {
+        "author": config.author or None, "github_id": config.github_id or None, "name": config.submission_name or None,
+        "date": max(r["date"] for r in records), "val_bpb": mean,
+        "val_loss": sum(s["val_loss"] for s in scores.values()) / len(scores) if scores else None,
+        "bytes_total": max((r["total_bytes"] for r in counted), default=None),
+        "bytes_code": max((r["code_bytes"] for r in counted), default=None),
+        "hardware": counted[0]["hardware"] if counted else None,
+        "seeds": {str(seed): score for seed, score in scores.items()} or None,
+        "rehearsals": [{key: r[key] for key in rehearsed} for r in records if r not in counted]}
+    write_file(Path("submission.json"), (json.dumps(submission, indent=2) + "\n").encode())
+    table, readme = results_table(records), Path("README.md")
+    marked = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+    if readme.is_file() and marked.search(text := readme.read_text(encoding="utf-8")):
+        write_file(readme, marked.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text).encode())
+    print(table)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. main: the pipeline
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
+    """Seed everything, open log and record, and say what runs on what."""
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    run_id = config.run_id or f"{config.preset}_seed{config.seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+    rt.open_log(Path(config.log_dir) / f"{run_id}.txt")
+    record = Record(config, rt, run_id)
+    for key in ("run_id", "mode", "preset", "hardware", "world_size", "python", "torch", "attention_backend",
+                "source_sha256"):
+        rt.log(f"{key}: {record.data[key]}")
+    rt.log("settings: " + " ".join(f"{k.upper()}={v}" for k, v in config.non_defaults().items()))
+    record.set(val_tokens=val.targets, val_bytes=val.bytes)
+    return record
+
+
+def load_data(config: Config, rt: Runtime) -> tuple[spm.SentencePieceProcessor, ValidationData]:
+    """Load the tokenizer and the validation split; with CORPUS=embedded, rank 0 first makes what is missing."""
+    if config.corpus == "embedded" and rt.main:
+        write_embedded_corpus(config)
+    rt.agree()  # nobody looks for the corpus before it is written
+    sp = load_tokenizer(config)
+    return sp, ValidationData(config, rt, sp)
+
+
+def run_training(config: Config, rt: Runtime):
+    """MODE=train: train, quantize, pack, then score what was packed."""
+    sp, val = load_data(config, rt)
+    data = TrainData(config, rt)
+    record = begin(config, rt, val)
+    check_byte_count(record, config, val, sp)
+    model = GPT(config).to_compute(rt)
+    rt.log(f"model_params: {sum(p.numel() for p in model.parameters())}")
+    nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
+
+    def validate(stage: str = "validation") -> Scores:
+        return evaluate(config, rt, nll_fn, val, config.eval_seq_len, stage)
+
+    warm_up(config, rt, model, loss_fn, data)
+    result = train(config, rt, model, loss_fn, data, lambda: score_line(validate().finish()))
+    record.set(steps=result.steps, train_seconds=result.seconds, step_ms=1000 * result.seconds / result.steps,
+               tokens_per_second=round(result.steps * config.train_batch_tokens / result.seconds))
+    record.stage("prequant", "pre-quantization post-ema", validate("prequant"))
+    artifact = make_artifact(config, rt, record, model, data.in_order(1))
+    code = pack_source(SOURCE)
+    if rt.main:
+        write_outputs(config, model, artifact, code)
+        artifact = (Path(config.out_dir) / ARTIFACT_NAME).read_bytes()
+    score_artifact(config, rt, record, val, rt.broadcast_bytes(artifact))
+
+
+def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data: TrainData) -> bytes | None:
+    """Calibrate, quantize and pack within the training budget's reserve; the bytes are rank 0's, None elsewhere."""
+    times = [rt.clock()]
+    hessians = collect_hessians(config, rt, model, data)
+    times.append(rt.clock())
+    tensors = quantize(config, rt, model, hessians)
+    times.append(rt.clock())
+    artifact = pack_artifact(tensors, artifact_header(config)) if rt.main else None
+    times.append(rt.clock())
+    calibration, gptq, packing = np.diff(times).tolist()
+    rt.log(f"calibration {calibration:.1f}s + GPTQ {gptq:.1f}s + packing {packing:.1f}s = {times[-1] - times[0]:.1f}s, "
+           f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g}")
+    record.set(calibration_seconds=calibration, quantize_seconds=gptq + packing)
+    return artifact
+
+
+def write_outputs(config: Config, model: GPT, artifact: bytes, code: bytes):
+    """Write OUT_DIR: the fp32 weights (for torch.load with weights_only=True), the artifact and the packed script."""
+    weights = io.BytesIO()
+    torch.save({name: p.detach().cpu() for name, p in model.named_parameters()}, weights)
+    for name, data in (("final_model.pt", weights.getvalue()), (ARTIFACT_NAME, artifact), ("train_gpt.py", code)):
+        write_file(Path(config.out_dir) / name, data)
+
+
+def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationData, artifact: bytes):
+    """Score an artifact's bytes in every way that is switched on, and close the record."""
+    code = pack_source(SOURCE)
+    rt.log(f"Code size: {len(code)} bytes\nSerialized model quantized+{config.compressor}: {len(artifact)} bytes\n"
+           f"Total submission size quantized+{config.compressor}: {len(code) + len(artifact)} bytes")
+    record.set(artifact_bytes=len(artifact), code_bytes=len(code), total_bytes=len(code) + len(artifact),
+               artifact_sha256=sha256(artifact), code_sha256=sha256(code))
+    # The same artifact must get the same score again: embedding gradients, above all, are sums in any order otherwise.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    start = rt.clock()
+    model = model_from_artifact(config, rt, unpack_artifact(artifact)[0])
+    nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
+    record.stage("quantized", "quantized", evaluate(config, rt, nll_fn, val, config.eval_seq_len, "quantized"))
+    if config.sliding_window_enabled:
+        record.stage("sliding", "quantized_sliding_window",
+                     evaluate(config, rt, nll_fn, val, config.eval_stride, "sliding"))
+    if config.ttt_enabled:
+        record.stage("ttt", "quantized_ttt", evaluate_ttt(config, rt, model, loss_fn, nll_fn, val))
+    record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())
+    final_checks(record, config)
+    rt.log(f"record: {record.path}")
+
+
+def run_evaluation(config: Config, rt: Runtime):
+    """MODE=eval: score the artifact in OUT_DIR; no training data is touched."""
+    sp, val = load_data(config, rt)
+    record = begin(config, rt, val)
+    check_byte_count(record, config, val, sp)
+    score_artifact(config, rt, record, val, read_artifact(config.out_dir))
+
+
+def run_pack(config: Config):
+    """MODE=pack: write the packed script and print its size."""
+    code = pack_source(SOURCE)
+    path = Path(config.out_dir) / "train_gpt.py"
+    write_file(path, code)
+    print(f"{path}: {len(code)} bytes, SHA-256 {sha256(code)}")
+
+
+def read_artifact(folder: str) -> bytes:
+    """Read OUT_DIR's artifact; raise UsageError if there is none."""
+    path = Path(folder) / ARTIFACT_NAME
+    if not path.is_file():
+        raise UsageError(f"MODE=eval needs the artifact {path}: set OUT_DIR to its folder")
+    return path.read_bytes()
+
+
+def read_config(env: Mapping[str, str]) -> Config:
+    """Settings of this run: the environment's, over an artifact's own in MODE=eval."""
+    stored = None
+    if env.get("MODE") == "eval":
+        stored = unpack_artifact(read_artifact(env.get("OUT_DIR", Config.out_dir)))[1].get("settings")
+    config = Config.from_env(env, stored)
+    if config.mode in ("train", "pack") and Path(__file__).resolve() == Path(config.out_dir, "train_gpt.py").resolve():
+        raise UsageError(f"OUT_DIR={config.out_dir} is this script's own folder: the packed script would overwrite it")
+    return config
+
+
+def main():
+    """Do what MODE says; bad input ends in one clear message and exit code 2, before any work."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic scores
+    try:
+        config = read_config(os.environ)
+        if config.mode in ("help", "pack", "collect"):
+            {"help": lambda _: print_help(), "pack": run_pack, "collect": collect}[config.mode](config)
+            return
+        rt = Runtime(config)
+        with attention_kernels(rt):
+            (run_training if config.mode == "train" else run_evaluation)(config, rt)
+        rt.close()
+    except (UsageError, ArtifactError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train_gpt.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train_gpt.py: out of GPU memory; try MICRO_BATCH_TOKENS={rt.micro_batch_tokens // 2} ({error})")
+
+
+if __name__ == "__main__":
+    main()
