@@ -24,13 +24,17 @@ The file is read from top to bottom, as the data goes through it; each room uses
 from __future__ import annotations
 
 import ast
+import builtins
+import collections
 import contextlib
 import copy
 import dataclasses
 import difflib
 import hashlib
 import io
+import itertools
 import json
+import keyword
 import lzma
 import math
 import os
@@ -38,15 +42,16 @@ import platform
 import random
 import re
 import resource
+import string
 import struct
 import sys
 import time
-import tokenize
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, NamedTuple
+from typing import NamedTuple
 
 import brotli
 import numpy as np
@@ -194,25 +199,21 @@ class Config:
         Raises UsageError that lists every misspelt name, every bad value and every pair that does not fit.
         """
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        problems = misspelt(env, list(fields))
-        given = {}
-        for name, field in fields.items():
-            if name in env:
+        problems, given, base = misspelt(env, list(fields)), {}, {}
+        for values, text_of in ((given, env), (base, {name.upper(): value for name, value in (stored or {}).items()})):
+            for name in fields.keys() & text_of.keys():
                 try:
-                    given[field.name] = parse_setting(name, env[name], field)
+                    values[fields[name].name] = parse_setting(name, str(text_of[name]), fields[name])
                 except UsageError as error:
                     problems.append(str(error))
-        stored = dict(stored or {})
-        for name, value in stored.items():
-            if name.upper() not in fields:
-                raise UsageError(f"the artifact was made with {name}, which is no setting of this script")
-            stored[name] = parse_setting(name.upper(), str(value), fields[name.upper()])
-        problems += [f"{name.upper()}={given[name]!r}, but the artifact was made with {stored[name]!r}"
-                     for name in MODEL_SETTINGS if name in given and given[name] != stored.get(name, given[name])]
+        if not problems:
+            base = {**PRESETS[base.get("preset", given.get("preset", cls.preset))], **base}
+            config, made_with = cls(**{**base, **given}), cls(**base)
+            problems += [f"{name.upper()}={getattr(config, name)}, but the artifact was made with "
+                         f"{getattr(made_with, name)}: unset it" for name in ("preset", *MODEL_SETTINGS)
+                         if stored and getattr(config, name) != getattr(made_with, name)]
         if problems:
-            raise UsageError("\n  ".join(["bad settings:", *problems]))
-        preset = given.get("preset", stored.get("preset", cls.preset))
-        config = cls(**{**PRESETS[preset], **stored, **given})
+            raise UsageError("\n  ".join(["bad settings:", *sorted(problems)]))
         config.check()
         return config
 
@@ -345,7 +346,12 @@ def print_help():
               f"{field.metadata['meaning']} [{allowed_values(field)}]")
     print("\npresets (PRESET=...; any variable overrides them)")
     for name, values in PRESETS.items():
-        print(f"  {name:<9}", " ".join(f"{k.upper()}={int(v) if isinstance(v, bool) else v}" for k, v in values.items()))
+        print(f"  {name:<9}", assignments(values))
+
+
+def assignments(values: Mapping[str, object]) -> str:
+    """Write settings as a shell would take them: NAME=value NAME=value ..."""
+    return " ".join(f"{name.upper()}={int(v) if isinstance(v, bool) else v}" for name, v in values.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -392,7 +398,7 @@ class Runtime:
         """Start rank 0's log file."""
         if self.main:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.log_file = open(path, "w", encoding="utf-8")
+            self.log_file = path.open("w", encoding="utf-8")
 
     def log(self, message: str = ""):
         """Print on rank 0, and write to the log file if it is open."""
@@ -460,7 +466,7 @@ class Runtime:
 def choose_attention(wanted: str, on_gpu: bool) -> str:
     """Name the attention kernel in use: fa3, sdpa (cuDNN, flash or PyTorch's CPU kernel) or plain."""
     if wanted == "fa3" and flash_attn_func is None:
-        raise UsageError("ATTENTION=fa3, but flash_attn_interface cannot be imported; ATTENTION=auto uses PyTorch's own")
+        raise UsageError("ATTENTION=fa3, but flash_attn_interface cannot be imported; ATTENTION=auto does without")
     if wanted != "auto":
         return wanted
     return "fa3" if on_gpu and flash_attn_func and torch.cuda.get_device_capability()[0] == 9 else "sdpa"
@@ -485,13 +491,13 @@ class Progress:
         self.rt, self.stage, self.total = rt, stage, total
         self.start = self.shown = time.perf_counter()
 
-    def at(self, done: int, note: str = ""):
+    def at(self, done: int):
         """Report that `done` pieces are finished."""
         now = time.perf_counter()
         if now - self.shown > 10 and done:
             self.shown, spent = now, now - self.start
             left = spent * (self.total - done) / done
-            self.rt.log(f"{self.stage}: {done}/{self.total} {spent:.0f}s, about {left:.0f}s left {note}".rstrip())
+            self.rt.log(f"{self.stage}: {done}/{self.total} {spent:.0f}s, about {left:.0f}s left")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1388,7 +1394,7 @@ ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 1
 ARTIFACT_PREFIX = struct.Struct("<4sHI32s")
 PIECE_BYTES, MAX_RAW_BYTES = 4 << 20, 1 << 30
 ARTIFACT_DTYPES = {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32}
-SUBMISSION_CAP_BYTES = 16_000_000
+COMPRESSORS, SUBMISSION_CAP_BYTES = ("brotli", "lzma"), 16_000_000
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 
 
@@ -1472,18 +1478,20 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
         lengths, compressor = head.pop("streams"), head["compressor"]
         counts = [math.prod(shape) for _, _, shape in table]
         sane = all(type(n) is int and n >= 0 for n in (*lengths, *(n for _, _, shape in table for n in shape)))
-    except (brotli.error, ValueError, KeyError, TypeError) as error:
+    except (brotli.error, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ArtifactError(f"the artifact's header cannot be read: {error!r}") from error
     sizes = [count * dtype.itemsize for count, (_, dtype, _) in zip(counts, table)]
     if not sane or sum(sizes) > MAX_RAW_BYTES or len({name for name, _, _ in table}) != len(table):
         raise ArtifactError("the artifact's header is impossible: negative, huge or repeated tensors")
+    if compressor not in COMPRESSORS:
+        raise ArtifactError(f"the artifact's compressor is {compressor!r}, not one of {', '.join(COMPRESSORS)}")
     ends = np.cumsum([head_bytes, *lengths])
     pieces = cut(sum(sizes))
     if len(pieces) != len(lengths) or ends[-1] != len(body):
         raise ArtifactError("the artifact's header does not fit its streams")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        raw = b"".join(pool.map(lambda i: decompress(body[ends[i]:ends[i + 1]], compressor, pieces[i]),
-                                range(len(pieces))))
+        raw = bytearray().join(pool.map(lambda i: decompress(body[ends[i]:ends[i + 1]], compressor, pieces[i]),
+                                        range(len(pieces))))
     tensors, begin = {}, 0
     for (name, dtype, shape), size in zip(table, sizes):
         planes = np.frombuffer(raw, np.uint8, size, begin).reshape(dtype.itemsize, -1)
@@ -1503,7 +1511,9 @@ def artifact_header(config: Config) -> dict[str, object]:
 
 def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tensor]) -> GPT:
     """Build the model that an artifact's tensors describe; raise ArtifactError if they do not fit its settings."""
-    model = GPT(config)
+    with torch.device("meta"):  # no initial values, which the stored ones would only replace
+        model = GPT(config)
+    model.to_empty(device="cpu")
     with torch.no_grad():
         for name, p in model.named_parameters():
             stored = (dequantize(tensors[f"{name}.q"], tensors[f"{name}.scale"])
@@ -1643,71 +1653,66 @@ def adapt(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim
 # ----------------------------------------------------------------------------------------------------------------------
 
 PACKED_FIRST_LINE = b"#coding:latin1\n"
+PUBLIC_NAMES = {"Config", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact", "SOURCE",
+                "main", "__file__", "__name__"}
 TRAIN_LIMIT_SECONDS = EVAL_LIMIT_SECONDS = 600
 
 
-def strip_source(source: str) -> str:
-    """Remove docstrings, comments, annotations, settings' meanings and needless white space; the program stays.
+class SourceStripper(ast.NodeTransformer):
+    """Remove from a syntax tree what only a reader needs: docstrings, annotations, the settings' meanings."""
 
-    Works on the source's own tokens and not on a rewritten tree, so that every Python version gives the same text.
-    """
-    lines = source.splitlines(keepends=True)
-    line_starts = np.cumsum([0, *map(len, lines)]).tolist()
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
+        """Reduce an annotation to a word that dataclasses and named tuples accept; drop a setting's meaning."""
+        if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "").startswith("_"):
+            node.value.args[1] = ast.Constant("")
+        node.annotation = ast.Name("int")
+        return self.generic_visit(node)
 
-    def offset(line, column):
-        return line_starts[line - 1] + column  # the source is ASCII: columns in bytes are columns in characters
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        """Drop the annotation of a parameter."""
+        node.annotation = None
+        return node
 
-    def span(node):
-        return offset(node.lineno, node.col_offset), offset(node.end_lineno, node.end_col_offset)
-
-    edits = []  # (begin, end, replacement)
-    for node in ast.walk(ast.parse(source)):
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        """Drop docstring and return annotation, then visit the children."""
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node) is not None:
-                edits.append((*span(node.body[0]), "" if len(node.body) > 1 else "0"))
-            for field in node.body if isinstance(node, ast.ClassDef) else ():
-                if isinstance(field, ast.AnnAssign):  # dataclasses and named tuples need one, whatever it says
-                    edits.append((*span(field.annotation), "int"))
-                    if isinstance(field.value, ast.Call):
-                        edits.append((*span(field.value.args[1]), "''"))
-        if isinstance(node, ast.FunctionDef):
-            edits += [(span(item.target)[1], span(item.annotation)[1], "") for item in node.body
-                      if isinstance(item, ast.AnnAssign)]
-            if node.returns:
-                edits.append((source.rindex("->", 0, span(node.returns)[0]), span(node.returns)[1], ""))
-        if isinstance(node, ast.arg) and node.annotation:
-            edits.append((span(node)[0] + len(node.arg), span(node.annotation)[1], ""))
-    for begin, end, replacement in sorted(edits, reverse=True):
-        source = source[:begin] + replacement + source[end:]
-    return squeeze_tokens(source)
+                node.body = node.body[1:] or [ast.Pass()]
+            node.returns = None
+        return super().generic_visit(node)
 
 
-def squeeze_tokens(source: str) -> str:
-    """Write a program's tokens with one space of indentation per level and no other white space that can go."""
-    lines, out, depth, nested, opened = source.splitlines(keepends=True), [], 0, 0, None
-    string_start, string_end = getattr(tokenize, "FSTRING_START", None), getattr(tokenize, "FSTRING_END", None)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        text = token.string
-        if token.type == string_start:  # Python 3.12 cuts f-strings into tokens: copy them whole, spaces and all
-            nested, opened = nested + 1, opened or token.start
-        if nested:
-            nested -= token.type == string_end
-            if nested:
-                continue
-            (row, column), (end_row, end_column), opened = opened, token.end, None
-            assert row == end_row, "an f-string of the source spans lines"
-            text = lines[row - 1][column:end_column]
-        if token.type in (tokenize.INDENT, tokenize.DEDENT):
-            depth += 1 if token.type == tokenize.INDENT else -1
-        elif token.type == tokenize.NEWLINE:
-            out.append("\n")
-        elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER):
-            if not out or out[-1] == "\n":
-                out.append(" " * depth)
-            elif re.match(r"\w\w", out[-1][-1] + text[0]):
-                out.append(" ")
-            out.append(text)
-    return "".join(out)
+def shorten_names(tree: ast.Module):
+    """Rename the program's own variables, functions and classes; one name gets one short name wherever it stands.
+
+    Kept: attributes, methods, fields, keywords, imports, built-ins and PUBLIC_NAMES: others know these by name.
+    """
+    kept, counts = {*dir(builtins), *keyword.kwlist, *PUBLIC_NAMES}, collections.Counter()
+    renamed = []  # (node, attribute that holds the name)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            kept.update(name.id for item in node.body for name in ast.walk(item) if isinstance(item, ast.AnnAssign)
+                        and name is item.target or isinstance(item, ast.Assign) and name in item.targets)
+            kept.update(item.name for item in node.body if isinstance(item, ast.FunctionDef))
+        elif isinstance(node, (ast.keyword, ast.alias)):
+            kept.add(node.arg if isinstance(node, ast.keyword) else (node.asname or node.name).split(".")[0])
+        for kind, attribute in ((ast.Name, "id"), (ast.arg, "arg"), (ast.FunctionDef, "name"), (ast.ClassDef, "name")):
+            if isinstance(node, kind):
+                renamed.append((node, attribute))
+                counts[getattr(node, attribute)] += 1
+    letters = string.ascii_letters
+    fresh = (name for name in (*letters, *map("".join, itertools.product(letters, repeat=2)))
+             if name not in kept and name not in counts)
+    short = {name: next(fresh) for name, _ in counts.most_common() if name not in kept and len(name) > 1}
+    for node, attribute in renamed:
+        setattr(node, attribute, short.get(getattr(node, attribute), getattr(node, attribute)))
+
+
+def strip_source(source: str) -> str:
+    """Return the same program for counting bytes: nothing for readers, short names, one space of indentation."""
+    tree = SourceStripper().visit(ast.parse(source))
+    shorten_names(tree)
+    return re.sub(r"(?m)^( {4})+", lambda indent: " " * (len(indent[0]) // 4), ast.unparse(tree))
 
 
 def pack_source(source: bytes) -> bytes:
@@ -1718,13 +1723,12 @@ def pack_source(source: bytes) -> bytes:
     """
     if source.startswith(PACKED_FIRST_LINE):
         return source
-    packed = brotli.compress(strip_source(source.decode("ascii")).encode(), quality=11, lgwin=24,
-                             mode=brotli.MODE_TEXT)
-    literal = packed.decode("latin-1").replace("\\", "\\\\").replace("\r", "\\r").replace('"', '\\"')
-    literal = re.sub("\0(?=[0-7])", r"\\x00", literal).replace("\0", "\\0")
+    packed = brotli.compress(strip_source(source.decode()).encode(), quality=11, lgwin=24)
+    literal = packed.decode("latin1").replace("\\", r"\\").replace("\r", r"\r").replace('"', r"\"")
+    literal = re.sub("\0(?=[0-7])", r"\\x00", literal).replace("\0", r"\0")
     program = (f'import brotli,linecache\ns=brotli.decompress("""{literal}""".encode("latin1")).decode()\nf="unpacked_"'
                '+__name__\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\nexec(compile(s,f,"exec"))\n')
-    return PACKED_FIRST_LINE + program.encode("latin-1")
+    return PACKED_FIRST_LINE + program.encode("latin1")
 
 
 def sha256(data: bytes) -> str:
@@ -1827,8 +1831,10 @@ def results_table(records: list[dict]) -> str:
 
     rows = ["| run | hardware | validation tokens | steps | tok/s | prequant | quantized | sliding | TTT | bytes |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    rows += [f"| {r['run_id']} | {r['hardware']} | {r['val_tokens']} | {r['steps']} | {r['tokens_per_second'] or '-'} | "
-             + " | ".join(bpb(r, stage) for stage in Record.STAGES) + f" | {r['total_bytes']} |" for r in records]
+    for r in records:
+        cells = [r[key] for key in ("run_id", "hardware", "val_tokens", "steps", "tokens_per_second")]
+        cells += [*(bpb(r, stage) for stage in Record.STAGES), r["total_bytes"]]
+        rows.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in cells)} |")
     return "\n".join(rows)
 
 
@@ -1889,7 +1895,7 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
     for key in ("run_id", "mode", "preset", "hardware", "world_size", "python", "torch", "attention_backend",
                 "source_sha256"):
         rt.log(f"{key}: {record.data[key]}")
-    rt.log("settings: " + " ".join(f"{k.upper()}={v}" for k, v in config.non_defaults().items()))
+    rt.log(f"settings: {assignments(config.non_defaults())}")
     record.set(val_tokens=val.targets, val_bytes=val.bytes)
     return record
 
@@ -2029,7 +2035,9 @@ def main():
             print(f"train_gpt.py: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"train_gpt.py: out of GPU memory; try MICRO_BATCH_TOKENS={rt.micro_batch_tokens // 2} ({error})")
+        least = max(config.train_seq_len, config.eval_seq_len)
+        sys.exit(f"train_gpt.py: out of GPU memory with MICRO_BATCH_TOKENS={rt.micro_batch_tokens}; try "
+                 f"{max(least, rt.micro_batch_tokens // 2)}, and at least {least} ({error})")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""Room 1: settings, presets, and the errors that come before any work."""
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, tiny_config, tiny_env
+
+import train_gpt
+from train_gpt import Config, UsageError
+
+
+def error_of(**env) -> str:
+    with pytest.raises(UsageError) as caught:
+        Config.from_env({name.upper(): str(value) for name, value in env.items()})
+    return str(caught.value)
+
+
+def test_default_is_pr1541_with_ttt():
+    config = Config.from_env({})
+    assert (config.preset, config.ttt_enabled, config.muon_momentum, config.matrix_lr) == ("pr1541", True, 0.97, 0.03)
+    assert (config.num_layers, config.model_dim, config.vocab_size, config.enable_looping_at) == (11, 512, 8192, 0.35)
+
+
+def test_environment_overrides_preset_overrides_default():
+    assert Config.from_env({"PRESET": "smoke"}).model_dim == train_gpt.PRESETS["smoke"]["model_dim"]
+    assert Config.from_env({"PRESET": "smoke", "MODEL_DIM": "64"}).model_dim == 64
+    assert not Config.from_env({"TTT_ENABLED": "0"}).ttt_enabled
+
+
+def test_non_defaults_are_the_settings_in_force():
+    assert Config.from_env({"SEED": "7", "MATRIX_LR": "0.03"}).non_defaults() == {"seed": 7, "ttt_enabled": True}
+
+
+def test_every_setting_is_read_somewhere():
+    """A setting that nothing reads would be printed in the log as if it were in force."""
+    source = (ROOT / "train_gpt.py").read_text()
+    for field in dataclasses.fields(Config):
+        assert f".{field.name}" in source, f"{field.name.upper()} is declared but never read"
+
+
+def test_every_setting_has_a_meaning_and_numbers_have_a_range():
+    for field in dataclasses.fields(Config):
+        assert len(field.metadata["meaning"]) >= 5, field.name
+        if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
+            assert field.metadata["low"] is not None, field.name
+        assert train_gpt.parse_setting(field.name, str(field.default), field) == field.default
+
+
+@pytest.mark.parametrize("wrong, meant", [
+    ("TTT_EPOCH", "TTT_EPOCHS"), ("MUON_MOMENTM", "MUON_MOMENTUM"), ("SEEED", "SEED"),
+    ("MATRIX_LEARNING_RATE", "MATRIX_LR"), ("TRAIN_BATCH_TOKEN", "TRAIN_BATCH_TOKENS"),
+    ("ITERATION", "ITERATIONS"), ("QK_GAIN", "QK_GAIN_INIT")])
+def test_misspelt_name_is_reported_with_the_likely_one(wrong, meant):
+    assert f"{wrong} is no setting; did you mean {meant}?" in error_of(**{wrong: 1})
+
+
+def test_ordinary_environments_are_left_alone():
+    names = """HOME PATH USER SHELL TERM LANG PWD OLDPWD HOSTNAME LOGNAME MAIL EDITOR PAGER DISPLAY TMPDIR
+        VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHASHSEED OMP_NUM_THREADS MKL_NUM_THREADS
+        CUDA_VISIBLE_DEVICES CUDA_HOME LD_LIBRARY_PATH RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
+        GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID NCCL_DEBUG
+        TORCH_NCCL_ASYNC_ERROR_HANDLING SLURM_JOB_ID SLURM_NODEID HF_HOME WANDB_PROJECT CI GITHUB_ACTIONS
+        CUBLAS_WORKSPACE_CONFIG TRITON_CACHE_DIR XDG_DATA_DIRS SSH_AUTH_SOCK KUBERNETES_PORT RUNPOD_POD_ID
+        PUBLIC_KEY NVIDIA_VISIBLE_DEVICES COLUMNS LINES SHLVL INVOCATION_ID""".split()
+    assert Config.from_env(dict.fromkeys(names, "1")) == Config.from_env({})
+
+
+@pytest.mark.parametrize("name, value, allowed", [
+    ("ITERATIONS", "1e4", "a whole number of at least 1"), ("ITERATIONS", "0", "a whole number of at least 1"),
+    ("MATRIX_LR", "fast", "a number from 0 to 10"), ("MATRIX_LR", "nan", "a number from 0 to 10"),
+    ("MAX_WALLCLOCK_SECONDS", "inf", "a number of at least 0"), ("TTT_ENABLED", "yes", "0 or 1"),
+    ("COMPRESSOR", "zip", "one of brotli, lzma"), ("PRESET", "pr9999", "pr1541"),
+    ("EMA_DECAY", "1", "a number from 0")])
+def test_bad_value_names_variable_value_and_what_is_allowed(name, value, allowed):
+    message = error_of(**{name: value})
+    assert f"{name}={value!r} is not allowed" in message and allowed in message
+
+
+def test_all_problems_are_reported_at_once():
+    message = error_of(SEED="x", TTT_EPOCH=3, MODE="play")
+    assert all(word in message for word in ("SEED='x'", "TTT_EPOCHS", "MODE='play'"))
+
+
+@pytest.mark.parametrize("env, names", [
+    (dict(num_heads=3), "NUM_HEADS=3"), (dict(num_kv_heads=3), "NUM_KV_HEADS=3"), (dict(rope_dims=17), "ROPE_DIMS=17"),
+    (dict(loop_end=11), "LOOP_END=11"), (dict(loop_start=6), "LOOP_START=6"),
+    (dict(embedding_dim=256), "EMBEDDING_DIM"),
+    (dict(train_batch_tokens=1000), "TRAIN_BATCH_TOKENS=1000"), (dict(eval_stride=4096), "EVAL_STRIDE=4096"),
+    (dict(micro_batch_tokens=100), "MICRO_BATCH_TOKENS=100"), (dict(ttt_chunk_tokens=1000), "TTT_CHUNK_TOKENS=1000"),
+    (dict(max_wallclock_seconds=5), "GPTQ_RESERVE_SECONDS=12")])
+def test_settings_that_do_not_fit_together_are_named(env, names):
+    assert names in error_of(**env)
+
+
+def test_loop_range_is_free_without_loops():
+    assert Config.from_env({"NUM_LOOPS": "0", "LOOP_END": "40"}).num_loops == 0
+
+
+def test_stored_settings_of_an_artifact_lie_between_preset_and_environment():
+    stored = {"preset": "smoke", "model_dim": 128, "eval_stride": 16}
+    config = Config.from_env({"EVAL_STRIDE": "32"}, stored)
+    assert (config.preset, config.model_dim, config.eval_stride, config.vocab_size) == ("smoke", 128, 32, 1024)
+
+
+@pytest.mark.parametrize("env", [{"MODEL_DIM": "192"}, {"NUM_LAYERS": "9"}, {"PRESET": "pr1541"}])
+def test_environment_may_not_contradict_the_artifact(env):
+    with pytest.raises(UsageError, match=f"{next(iter(env))}=.*artifact was made with"):
+        Config.from_env(env, {"preset": "smoke", "model_dim": 128})
+
+
+def test_help_lists_every_variable_with_default_and_meaning(capsys):
+    train_gpt.print_help()
+    lines = capsys.readouterr().out.splitlines()
+    for field in dataclasses.fields(Config):
+        line, = (line for line in lines if line.startswith(f"  {field.name.upper()} "))
+        assert field.metadata["meaning"] in line and type(field.default).__name__ in line
+
+
+def test_import_has_no_side_effects(tmp_path):
+    """No output, no file, no process group, no GPU: `import train_gpt` works anywhere."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import train_gpt as t; print(t.dist.is_initialized())"
+    done = subprocess.run([sys.executable, "-B", "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr, list(tmp_path.iterdir())) == ("False\n", "", [])
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        tiny_config().seed = 3
+    assert tiny_env(seed=3)["SEED"] == "3"

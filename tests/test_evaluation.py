@@ -1,0 +1,382 @@
+"""Room 9: scores against slow references; causal, normalized, score before update, single pass."""
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, fake_validation, tiny_env, tiny_model, torchrun, write_shards
+
+import train_gpt
+from train_gpt import Runtime, Scores, evaluate, evaluate_ttt, score_windows, windows
+
+LENGTH, STRIDE, CHUNK = 32, 8, 96
+MODES = ["plain", "sliding", "ttt"]
+# A shallow model, small passes (each is filled up with padding), a chunk of three sequences in batches of two.
+SMALL = dict(NUM_LAYERS=4, MODEL_DIM=32, LOOP_START=1, LOOP_END=2, NUM_LOOPS=1, PARALLEL_RESIDUAL_START=3,
+             EVAL_SEQ_LEN=LENGTH, EVAL_STRIDE=STRIDE, TTT_CHUNK_TOKENS=CHUNK, TTT_BATCH_SEQS=2, TTT_LR=0.02,
+             MICRO_BATCH_TOKENS=512)
+TARGETS = 2 * CHUNK + 21
+
+
+def small_config(**overrides) -> train_gpt.Config:
+    return train_gpt.Config.from_env(tiny_env(**{**SMALL, **overrides}))
+
+
+def random_split(targets: int, config, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return fake_validation(torch.randint(3, config.vocab_size, (targets + 1,), generator=generator), config)
+
+
+def looping_model(config):
+    model = tiny_model(config)
+    model.looping = True
+    return model
+
+
+def score(mode: str, config, model, val, rt=None) -> torch.Tensor:
+    """Every target's score in one of the three modes, each target scored once; the model stays as it is."""
+    rt, model = rt or Runtime(config), copy.deepcopy(model)
+    if mode == "ttt":
+        scores = evaluate_ttt(config, rt, model, model, model.nll, val)
+    else:
+        stride = config.eval_seq_len if mode == "plain" else config.eval_stride
+        scores = evaluate(config, rt, model.nll, val, stride, mode)
+    result = scores.finish()
+    assert scores.single_pass() and scores.times_scored.tolist() == [1] * val.targets
+    assert len(scores.nll) == val.targets and scores.nll.dtype == torch.float64
+    assert result["val_loss"] == pytest.approx(float(scores.nll.mean()), rel=1e-12)
+    assert result["val_bpb"] == pytest.approx(float(scores.nll.sum()) / math.log(2) / val.bytes, rel=1e-12)
+    return scores.nll
+
+
+# --- windows --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length, stride", [(8, 8), (8, 1), (8, 3), (9, 8), (32, 8), (32, 32), (33, 5), (10, 7)])
+def test_windows_cover_every_target_once_from_left_to_right(length, stride):
+    config = small_config(EVAL_SEQ_LEN=length, EVAL_STRIDE=stride)
+    for targets in (*range(length, 3 * length + 2), 500, 512, 513):
+        chosen = windows(config, targets, stride)
+        covered = [p for start, count in chosen for p in range(start + length - count, start + length)]
+        assert covered == list(range(len(covered))), "a gap, an overlap or a step back"
+        assert targets <= len(covered) < targets + stride, "every target, and no window for padding alone"
+        assert chosen[0] == (0, length) and all(count == stride for _, count in chosen[1:])
+
+
+# --- against slow references ----------------------------------------------------------------------------------------
+
+
+def reference_nll(model, tokens: torch.Tensor, start: int, p: int) -> torch.Tensor:
+    """Nats of target p, alone, given the tokens from `start` on: explicit softcap and log-softmax in fp64."""
+    ids = tokens[start:p + 1].long()[None]
+    z = (model.hidden(ids)[0, -1].double() @ model.embedding.double().T)
+    return -F.log_softmax(30 * torch.tanh(z / 30), 0)[tokens[p + 1].long()]
+
+
+def window_start(p: int, stride: int, length: int = LENGTH) -> int:
+    """Where the window that scores target p begins: none before `length`, then every `stride`."""
+    return 0 if p < length else -(-(p - length + 1) // stride) * stride
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode, stride, targets", [("plain", LENGTH, 5 * LENGTH), ("plain", LENGTH, 139),
+                                                   ("sliding", STRIDE, 136), ("sliding", STRIDE, 139),
+                                                   ("sliding", 7, 101), ("sliding", LENGTH, 65), ("sliding", 1, 50)])
+def test_scores_equal_one_target_at_a_time(mode, stride, targets):
+    config = small_config(EVAL_STRIDE=stride)
+    model, val = looping_model(config), random_split(targets, config)
+    expected = torch.stack([reference_nll(model, val.tokens, window_start(p, stride), p) for p in range(targets)])
+    assert (score(mode, config, model, val) - expected).abs().max() < 1e-5
+    assert expected.std() > 0.1
+
+
+def reference_ttt(config, model, val) -> torch.Tensor:
+    """Chunk after chunk: score with one window at a time; then SGD as PyTorch has it, but not after the last chunk."""
+    length, stride, chunk = config.eval_seq_len, config.eval_stride, config.ttt_chunk_tokens
+    model, tokens, nll = copy.deepcopy(model), val.tokens, torch.zeros(val.targets, dtype=torch.float64)
+    chunks = math.ceil(val.targets / chunk)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=config.ttt_momentum)
+    for number in range(chunks):
+        with torch.no_grad():
+            for p in range(val.targets):
+                start = window_start(p, stride, length)
+                first = 0 if start == 0 else start + length - stride  # the first target that p's window scores
+                if first // chunk == number:
+                    nll[p] = reference_nll(model, tokens, start, p)
+        if number == chunks - 1:
+            break
+        inside = tokens[number * chunk:(number + 1) * chunk + 1].long()
+        rows = [(inside[i:i + length], inside[i + 1:i + length + 1]) for i in range(0, chunk - length + 1, length)]
+        for _ in range(config.ttt_epochs):
+            for begin in range(0, len(rows), config.ttt_batch_seqs):
+                ids, targets = (torch.stack(t) for t in zip(*rows[begin:begin + config.ttt_batch_seqs]))
+                optimizer.zero_grad()
+                z = 30 * torch.tanh(model.hidden(ids) @ model.embedding.T / 30)
+                F.cross_entropy(z.flatten(0, 1), targets.flatten()).backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), config.ttt_grad_clip or math.inf)
+                optimizer.param_groups[0]["lr"] = config.ttt_lr * (1 + math.cos(math.pi * number / (chunks - 1))) / 2
+                optimizer.step()
+    return nll
+
+
+@pytest.mark.parametrize("overrides, targets", [
+    ({}, 3 * CHUNK + 21), ({"TTT_CHUNK_TOKENS": 75, "EVAL_STRIDE": 7}, 170), ({"TTT_GRAD_CLIP": 0.3}, 2 * CHUNK),
+    ({"TTT_GRAD_CLIP": 0, "TTT_LR": 0.002, "TTT_EPOCHS": 1}, 2 * CHUNK + 1)], ids=str)
+def test_ttt_equals_a_slow_loop(overrides, targets):
+    config = small_config(MICRO_BATCH_TOKENS=32, **overrides)  # one sequence in a pass
+    model, val = looping_model(config), random_split(targets, config)
+    expected = reference_ttt(config, model, val)
+    assert (score("ttt", config, model, val) - expected).abs().max() < 1e-4
+    chunk, sliding = config.ttt_chunk_tokens, score("sliding", config, model, val)
+    assert torch.equal(score("ttt", config, model, val)[:chunk], sliding[:chunk])  # nothing is learned yet
+    assert (sliding - expected)[chunk + STRIDE:].abs().mean() > 0.05  # ... and then it is
+
+
+def test_no_update_follows_the_last_chunk():
+    config = small_config()
+    model = looping_model(config)
+    for targets, updates in ((CHUNK, 0), (CHUNK + 1, 3 * 2), (3 * CHUNK, 2 * 3 * 2)):
+        calls, learner = [], copy.deepcopy(model)
+        evaluate_ttt(config, Runtime(config), learner, lambda *pair: calls.append(pair) or learner(*pair), learner.nll,  # noqa: B023
+                     random_split(targets, config))
+        assert len(calls) == updates
+        changed = any(not torch.equal(p, q) for p, q in zip(model.parameters(), learner.parameters()))
+        assert changed == (updates > 0)
+
+
+def test_ttt_without_epochs_is_sliding():
+    config = small_config(TTT_EPOCHS=0)
+    model, val = looping_model(config), random_split(300, config)
+    assert (score("ttt", config, model, val) - score("sliding", config, model, val)).abs().max() < 1e-6
+
+
+# --- what must not matter -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_sizes_do_not_matter(mode):
+    model, expected = looping_model(small_config()), None
+    for sizes in ({}, {"VAL_BATCH_TOKENS": 1}, {"VAL_BATCH_TOKENS": 100}, {"MICRO_BATCH_TOKENS": 32},
+                  {"MICRO_BATCH_TOKENS": 4096, "VAL_BATCH_TOKENS": 64}):
+        config = small_config(**sizes)
+        found = score(mode, config, model, random_split(TARGETS, config))
+        expected = found if expected is None else expected
+        assert (found - expected).abs().max() < 1e-5, sizes
+
+
+class WordPerToken:
+    """A tokenizer of whole words: `p5`, `p6`, ..."""
+
+    piece_to_id = staticmethod(lambda piece: 4)
+    id_to_piece = staticmethod(lambda token: f"p{token}")
+    vocab_size = staticmethod(lambda: 300)
+    is_unknown = is_control = is_unused = is_byte = staticmethod(lambda token: False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dropping_the_tail_changes_nothing_before_it(mode, tmp_path, rt):
+    write_shards(tmp_path, val=(150, 51))  # 200 targets: six windows and 8 more
+    config, short = (small_config(DATA_DIR=tmp_path, EVAL_DROP_TAIL=drop) for drop in (0, 1))
+    model = looping_model(config)
+    whole, cut = (score(mode, c, model, train_gpt.ValidationData(c, rt, WordPerToken())) for c in (config, short))
+    assert (len(whole), len(cut)) == (200, 192)
+    torch.testing.assert_close(cut, whole[:192], rtol=0, atol=1e-5)
+
+
+RANKS_SCRIPT = """
+import json, sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import torch
+from test_evaluation import MODES, TARGETS, looping_model, random_split, score, small_config
+from train_gpt import Runtime
+config = small_config()
+rt = Runtime(config)
+model, results = looping_model(config), {{}}
+for mode in MODES:
+    results[mode] = score(mode, config, model, random_split(TARGETS, config), rt).tolist()
+if rt.main:
+    json.dump(results, open("scores.json", "w"))
+rt.close()
+"""
+
+
+def test_two_ranks_score_like_one(tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS_SCRIPT.format(root=str(ROOT)))
+    done = torchrun(2, "ranks.py", cwd=tmp_path, env={})
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = small_config()
+    val, model = random_split(TARGETS, config), looping_model(config)
+    for mode, found in json.loads((tmp_path / "scores.json").read_text()).items():
+        found, expected = torch.tensor(found, dtype=torch.float64), score(mode, config, model, val)
+        assert abs(float(found.mean() - expected.mean())) / math.log(2) < 1e-5, mode  # bits per byte, a byte per target
+        assert (found - expected).abs().max() < 1e-4, mode
+
+
+# --- the contest's four conditions (RULES.md) -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_causal(mode):
+    """Whatever comes at or after token t: the scores of the tokens before t stay the same to the last bit."""
+    config = small_config()
+    model, val = looping_model(config), random_split(TARGETS, config)
+    before = score(mode, config, model, val)
+    assert torch.equal(score(mode, config, model, val), before)
+    generator = torch.Generator().manual_seed(1)
+    for t in (1, 33, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, val.targets):
+        for stop in (t + 1, val.targets + 1):  # token t alone, and everything from t on
+            changed = fake_validation(val.tokens.clone(), config)
+            changed.tokens[t:stop] = 3 + (changed.tokens[t:stop] - 3 + torch.randint(
+                1, 297, (stop - t,), generator=generator, dtype=torch.int32)) % 297
+            after = score(mode, config, model, changed)
+            assert torch.equal(after[:t - 1], before[:t - 1]), f"the score of a token before {t} has changed"
+            assert after[t - 1] != before[t - 1]  # token t's own
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_normalized(mode):
+    """Try every possible token at one place: the probabilities that the scores stand for add up to 1.
+
+    The split holds one block per candidate, alike but for that token, so that each is scored after the same tokens.
+    In TTT a chunk of other text comes first, and the model has learned from it by then.
+    """
+    block = LENGTH if mode == "plain" else LENGTH + STRIDE  # room for a window that lies within the block
+    config = small_config(VOCAB_SIZE=260, TTT_CHUNK_TOKENS=260 * block, TTT_EPOCHS=1, TTT_BATCH_SEQS=130,
+                          MICRO_BATCH_TOKENS=4096)
+    model, rng = looping_model(config), np.random.default_rng(0)
+    first = 0 if mode == "plain" else block - STRIDE
+    for place in rng.choice(np.arange(first, block - 1), 1 if mode == "ttt" else 2, replace=False):
+        text = np.tile(rng.integers(0, 260, block), (260, 1))
+        text[:, place + 1] = np.arange(260)
+        before = rng.integers(0, 260, 260 * block if mode == "ttt" else 0)
+        tokens = np.concatenate([before, text.ravel(), text[0, :1]])
+        nll = score(mode, config, model, fake_validation(tokens, config))
+        probabilities = (-nll[len(before):].view(260, block)[:, place]).exp()
+        assert float(probabilities.sum()) == pytest.approx(1, abs=1e-5)
+        assert probabilities.max() > 2 / 260 > probabilities.min()
+
+
+class Bookkeeper:
+    """Records, through the scoring and the training function, when each target was scored and trained on."""
+
+    def __init__(self, model, val):
+        self.model, pairs = model, list(zip(val.tokens.tolist(), val.tokens.tolist()[1:]))
+        self.position = {pair: p for p, pair in enumerate(pairs)}
+        assert len(self.position) == len(pairs)  # so a target is known by its token and the one before
+        self.events: list[tuple[str, list[int]]] = []
+
+    def record(self, kind, ids, targets):
+        """Note the targets; pairs that the split does not hold are padding."""
+        pairs = zip(ids[:, -targets.size(1):].flatten().tolist(), targets.flatten().tolist())
+        self.events.append((kind, [self.position[pair] for pair in pairs if pair in self.position]))
+
+    def nll(self, ids, targets):
+        self.record("score", ids, targets)
+        return self.model.nll(ids, targets)
+
+    def loss(self, ids, targets):
+        self.record("train", ids, targets)
+        return self.model(ids, targets)
+
+    def check(self, targets: int) -> int:
+        """Raise AssertionError unless all was scored once, left to right, and before any update saw it."""
+        scored, trained = [], 0
+        for kind, positions in self.events:
+            if kind == "score":
+                scored += positions
+            else:
+                trained += 1
+                assert set(positions) <= set(scored), "trained on a target before it was scored"
+        assert len(set(scored)) == len(scored), "a target was scored twice"
+        assert scored == sorted(scored), "not from left to right"
+        assert len(scored) == targets, "a target was never scored"
+        return trained
+
+
+def distinct_split(targets: int, config):
+    """A split in which no pair of neighbours occurs twice."""
+    rng, tokens, seen = np.random.default_rng(0), [3], set()
+    while len(tokens) <= targets:
+        token = int(rng.integers(3, config.vocab_size))
+        if token != tokens[-1] and (tokens[-1], token) not in seen:
+            seen.add((tokens[-1], token))
+            tokens.append(token)
+    return fake_validation(tokens, config)
+
+
+def update(config, rt, book, val, chunk: int):
+    """One adaptation step on a chunk, as evaluate_ttt does it."""
+    grads = train_gpt.bind_gradients(list(book.model.parameters()))
+    optimizer = torch.optim.SGD(book.model.parameters(), lr=0.01)
+    train_gpt.adapt(config, rt, book.loss, optimizer, grads, val.tokens[chunk * CHUNK:(chunk + 1) * CHUNK + 1])
+
+
+def train_first(config, rt, book, val):
+    """Violation: learns from each chunk before it scores it (RULES.md: "pre-quant TTT")."""
+    scores = Scores(rt, val)
+    for chunk in range(2):
+        update(config, rt, book, val, chunk)
+        chosen = [w for w in windows(config, val.targets, STRIDE) if (w[0] + LENGTH - w[1]) // CHUNK == chunk]
+        score_windows(config, rt, book.nll, scores, chosen)
+
+
+def score_again(config, rt, book, val):
+    """Violation: scores everything, learns from it, and scores it again (RULES.md: #991)."""
+    for chunk in range(2):
+        evaluate(config, rt, book.nll, val, STRIDE, "sliding")
+        update(config, rt, book, val, chunk)
+
+
+def peek_one(config, rt, book, val):
+    """Violation: the chunk that it learns from is one token longer than what it has scored."""
+    scores = Scores(rt, val)
+    score_windows(config, rt, book.nll, scores, windows(config, val.targets, STRIDE)[:4])  # up to target 56
+    ids = val.tokens[25:57 + 1].long()[None]
+    book.loss(ids[:, :-1], ids[:, 1:])
+
+
+def honest(config, rt, book, val):
+    evaluate_ttt(config, rt, book.model, book.loss, book.nll, val)
+
+
+def kept_book(walk, targets: int = TARGETS, **settings) -> Bookkeeper:
+    config = small_config(**settings)
+    val = distinct_split(targets, config)
+    book = Bookkeeper(looping_model(config), val)
+    walk(config, Runtime(config), book, val)
+    return book
+
+
+@pytest.mark.parametrize("settings", [{}, {"TTT_CHUNK_TOKENS": 75, "EVAL_STRIDE": 7}, {"TTT_CHUNK_TOKENS": LENGTH}],
+                         ids=str)
+def test_scored_before_any_update_and_only_once(settings):
+    assert kept_book(honest, **settings).check(TARGETS) >= 6
+
+
+@pytest.mark.parametrize("violation, complaint", [(train_first, "before it was scored"), (score_again, "scored twice"),
+                                                  (peek_one, "before it was scored")])
+def test_planted_violations_are_caught(violation, complaint):
+    book = kept_book(violation, targets=2 * CHUNK)
+    with pytest.raises(AssertionError, match=complaint):
+        book.check(2 * CHUNK)
+
+
+def test_single_pass_notices_what_is_missing_or_double(rt):
+    config = small_config()
+    model, val = looping_model(config), random_split(100, config)
+    for chosen, once in ((windows(config, 100, STRIDE), True), (windows(config, 100, STRIDE)[:-1], False),
+                         ([*windows(config, 100, STRIDE), (8, STRIDE)], False)):
+        scores = Scores(rt, val)
+        score_windows(config, rt, model.nll, scores, chosen)
+        scores.finish()
+        assert scores.single_pass() == once
+
+
+def test_the_published_settings_are_the_defaults():
+    config = train_gpt.Config.from_env({})
+    assert (config.eval_seq_len, config.eval_stride, config.ttt_chunk_tokens) == (2048, 64, 32768)
+    assert (config.ttt_enabled, config.ttt_epochs, config.ttt_batch_seqs) == (True, 3, 32)
+    assert (config.ttt_lr, config.ttt_momentum, config.ttt_grad_clip) == (0.005, 0.9, 1.0)

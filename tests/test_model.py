@@ -1,0 +1,361 @@
+"""Room 4: the model against slow, obvious references written from the formulas of SPEC section 3."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config, tiny_model
+
+import train_gpt
+from train_gpt import GPT, Config, build_schedule
+
+# ---- the slow reference: one position of one head at a time, fp64 ----------------------------------------------------
+
+
+def rms_norm(x):
+    return x / x.square().mean(-1, keepdim=True).sqrt()
+
+
+def reference_rope(x, cfg):
+    """Rotate x [T, d]: dimension i and i + rope_dims / 2 are the real and imaginary part of a complex number."""
+    length, half = len(x), cfg.rope_dims // 2
+    base = cfg.rope_base
+    if length > cfg.rope_train_seq_len:
+        base = base * (length / cfg.rope_train_seq_len) ** (cfg.rope_dims / (cfg.rope_dims - 2))
+    rows = []
+    for t in range(length):
+        angles = torch.tensor([-t / base ** (2 * i / cfg.rope_dims) for i in range(half)], dtype=torch.float64)
+        pair = torch.complex(x[t, :half], x[t, half:2 * half]) * torch.polar(torch.ones_like(angles), angles)
+        rows.append(torch.cat((pair.real, pair.imag, x[t, 2 * half:])))
+    return torch.stack(rows)
+
+
+def reference_attention(x, layer, p, cfg):
+    """Attention sublayer of one sequence [T, D], before the learned output scale."""
+    n, heads, groups, width = cfg.num_layers, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+    q = (x @ p["qo_bank"][layer].T).reshape(-1, heads, width)
+    k = (x @ p["kv_bank"][layer].T).reshape(-1, groups, width)
+    v = (x @ p["kv_bank"][n + layer].T).reshape(-1, groups, width)
+    outputs = []
+    for h in range(heads):
+        g = h // (heads // groups)
+        queries = reference_rope(rms_norm(q[:, h]), cfg) * p["q_gain"][layer, h]
+        keys, values = reference_rope(rms_norm(k[:, g]), cfg), v[:, g]
+        rows = []
+        for t in range(len(x)):
+            y = torch.softmax(keys[:t + 1] @ queries[t] / math.sqrt(width), 0) @ values[:t + 1]
+            if layer >= n - cfg.xsa_last_n:
+                own = values[t] / values[t].norm()
+                y = y - (y @ own) * own
+            rows.append(y)
+        outputs.append(torch.stack(rows))
+    return torch.cat(outputs, -1) @ p["qo_bank"][n + layer].T
+
+
+def reference_mlp(x, layer, p):
+    hidden = x @ p["up_bank"][layer].T
+    return torch.where(hidden > 0, hidden, 0.5 * hidden).square() @ p["down_bank"][layer].T
+
+
+def reference_logits(ids, p, cfg, looping):
+    """Logits [T, V] of one sequence, straight from the SPEC's sentences."""
+    loop = list(range(cfg.loop_start, cfg.loop_end + 1))
+    order = list(range(cfg.loop_start)) + loop * (1 + cfg.num_loops * looping) + list(range(loop[-1] + 1,
+                                                                                            cfg.num_layers))
+    encoder, decoder = order[:len(order) // 2], order[len(order) // 2:]
+    x0 = rms_norm(p["embedding"][ids])
+    lanes, skips = [x0], []
+    for position, layer in enumerate(encoder + decoder):
+        row = position - len(encoder)
+        if row >= 0 and skips:
+            skip = p["skip_weights"][row] * skips.pop()
+            if cfg.skip_gates_enabled:
+                gate = torch.sigmoid(p["skip_gates"][row])
+                lanes = [(1 - gate) * skip + gate * x for x in lanes]
+            else:
+                lanes = [x + skip for x in lanes]
+        if cfg.parallel_residual == "improved" and layer >= cfg.parallel_residual_start and len(lanes) == 1:
+            lanes = [lanes[0], lanes[0]]
+        depth = math.sqrt(layer + 1) if cfg.ln_scale else 1
+        mixed = [p["resid_mix"][layer, 0] * x + p["resid_mix"][layer, 1] * x0 for x in lanes]
+        attn_out = p["attn_scale"][layer] * reference_attention(rms_norm(mixed[0]) / depth, layer, p, cfg)
+        if len(lanes) == 1:
+            x = mixed[0] + attn_out
+            lanes = [x + p["mlp_scale"][layer] * reference_mlp(rms_norm(x) / depth, layer, p)]
+        else:
+            mlp_out = p["mlp_scale"][layer] * reference_mlp(rms_norm(mixed[1]) / depth, layer, p)
+            (a, b), post = p["par_resid"][layer], p["par_post"][layer]
+            lanes = [a * lanes[k] + post[0, k] * attn_out for k in (0, 1)]
+            lanes = [b * lanes[k] + post[1, k] * mlp_out for k in (0, 1)]
+        if row < 0:
+            skips.append(lanes[-1])
+    z = rms_norm(lanes[-1]) @ p["embedding"].T
+    return cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)
+
+
+def random_ids(*shape, seed=0):
+    return torch.randint(3, 300, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("overrides, looping", [
+    ({}, False), ({}, True), ({"skip_gates_enabled": 0}, True), ({"parallel_residual": "none"}, True),
+    ({"parallel_residual_start": 5, "loop_start": 1, "loop_end": 1}, True), ({"parallel_residual_start": 3}, False),
+    ({"xsa_last_n": 2}, False), ({"xsa_last_n": 0}, True), ({"ln_scale": 0}, True), ({"num_kv_heads": 4}, True),
+    ({"rope_train_seq_len": 5, "rope_dims": 16}, True), ({"logit_softcap": 5}, False)], ids=str)
+def test_model_is_the_slow_reference(overrides, looping):
+    """Logits, scores, loss and the gradient of every parameter, none of which is at its initial value."""
+    cfg = tiny_config(**overrides)
+    model = tiny_model(cfg, noise=0.2)
+    model.looping = looping
+    p = {name: w.detach().double().requires_grad_() for name, w in model.named_parameters()}
+    tokens = random_ids(2, 10)
+    ids, targets = tokens[:, :-1], tokens[:, 1:]
+    expected = torch.stack([reference_logits(row, p, cfg, looping) for row in ids])
+    expected_nll = expected.logsumexp(-1) - expected.gather(-1, targets[..., None])[..., 0]
+    expected_nll.mean().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(model.logits(ids, ids.size(1)).double(), expected, rtol=0, atol=5e-4)
+        torch.testing.assert_close(model.logits(ids, 3).double(), expected[:, -3:], rtol=0, atol=5e-4)
+        torch.testing.assert_close(model.nll(ids, targets).double(), expected_nll, rtol=0, atol=5e-4)
+        torch.testing.assert_close(model.nll(ids, targets[:, -4:]).double(), expected_nll[:, -4:], rtol=0, atol=5e-4)
+    loss = model(ids, targets)
+    torch.testing.assert_close(loss.double(), expected_nll.mean(), rtol=0, atol=1e-4)
+    loss.backward()
+    for name, w in model.named_parameters():
+        error = (w.grad - p[name].grad).norm() / (p[name].grad.norm() + 1e-12)
+        assert error < 1e-4, (name, float(error))
+
+
+# ---- parameters of the default preset --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def default_model():
+    torch.manual_seed(0)
+    return GPT(Config.from_env({}))
+
+
+def test_default_parameter_count_and_shapes(default_model):
+    shapes = {name: tuple(p.shape) for name, p in default_model.named_parameters()}
+    assert shapes == {
+        "embedding": (8192, 512), "qo_bank": (22, 512, 512), "kv_bank": (22, 256, 512), "up_bank": (11, 2048, 512),
+        "down_bank": (11, 512, 2048), "resid_mix": (11, 2, 512), "attn_scale": (11, 512), "mlp_scale": (11, 512),
+        "q_gain": (11, 8), "skip_weights": (8, 512), "skip_gates": (8, 512), "par_resid": (11, 2),
+        "par_post": (11, 2, 2)}
+    assert sum(p.numel() for p in default_model.parameters()) == 35_944_602
+    assert {p.dtype for p in default_model.parameters()} == {torch.float32}
+
+
+def test_default_initial_values(default_model):
+    p = {name: w.detach() for name, w in default_model.named_parameters()}
+    assert abs(p["embedding"].std().item() - 0.005) < 2e-5 and abs(p["embedding"].mean().item()) < 2e-5
+    assert not p["qo_bank"][11:].any() and not p["down_bank"].any()  # outputs of sublayers
+    for matrix in (*p["qo_bank"][:11], *p["kv_bank"], *p["up_bank"]):
+        short = matrix if len(matrix) <= 512 else matrix.T
+        torch.testing.assert_close(short @ short.T, torch.eye(len(short)), rtol=0, atol=1e-4)
+    assert not torch.equal(p["qo_bank"][0], p["qo_bank"][1]) and not torch.equal(p["kv_bank"][0], p["kv_bank"][11])
+    for name, value in {"q_gain": 5.25, "attn_scale": 1, "mlp_scale": 1, "skip_weights": 1, "skip_gates": 0,
+                        "par_resid": math.sqrt(1.1), "par_post": 1}.items():
+        torch.testing.assert_close(p[name], torch.full_like(p[name], value), rtol=1e-7, atol=0)
+    assert (p["resid_mix"][:, 0] == 1).all() and (p["resid_mix"][:, 1] == 0).all()
+
+
+def test_optional_parameters_follow_the_settings():
+    names = {name for name, _ in GPT(tiny_config(skip_gates_enabled=0, parallel_residual="none")).named_parameters()}
+    assert not names & {"skip_gates", "par_resid", "par_post"}
+    assert "skip_weights" in names
+    assert GPT(tiny_config(num_loops=0)).skip_weights.shape == (3, 64)
+    assert GPT(tiny_config()).skip_weights.shape == (5, 64)
+
+
+def test_small_matrices_are_not_orthogonal_but_random():
+    """Below 64 a side, orthogonal start is not asked for; zeros would never learn."""
+    kv = GPT(tiny_config()).kv_bank.detach()  # [12, 32, 64]
+    assert kv.std() > 0.01 and kv.abs().max() <= 1 / 8
+    assert len({float(m[0, 0]) for m in kv}) == len(kv)
+
+
+# ---- schedule --------------------------------------------------------------------------------------------------------
+
+
+def halves(schedule):
+    return [v.layer for v in schedule if v.push], [v.layer for v in schedule if not v.push]
+
+
+def popped(schedule):
+    """Simulate the stack: (decoder position, row of the skip weights, encoder position that is popped)."""
+    stack, merges, encoder = [], [], sum(v.push for v in schedule)
+    for i, v in enumerate(schedule):
+        if v.skip >= 0:
+            merges.append((i - encoder, v.skip, stack.pop()))
+        if v.push:
+            stack.append(i)
+    assert not stack
+    return merges
+
+
+def test_default_schedule():
+    cfg = Config.from_env({})
+    plain, looped = build_schedule(cfg, False), build_schedule(cfg, True)
+    assert halves(plain) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
+    assert halves(looped) == ([0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10])
+    for schedule in (plain, looped):
+        assert {v.layer for v in schedule if v.lanes == 2} == {7, 8, 9, 10}
+        assert {v.layer for v in schedule if v.lanes == 1} == {0, 1, 2, 3, 4, 5, 6}
+    assert popped(plain) == [(j, j, 4 - j) for j in range(5)]
+    assert popped(looped) == [(j, j, 7 - j) for j in range(8)]
+
+
+def test_other_schedules():
+    cfg = Config.from_env({"LOOP_START": "4", "LOOP_END": "5", "NUM_LOOPS": "1", "PARALLEL_RESIDUAL": "none"})
+    looped = build_schedule(cfg, True)
+    assert halves(looped) == ([0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9, 10])
+    assert {v.lanes for v in looped} == {1}
+    whole = Config.from_env({"LOOP_START": "0", "LOOP_END": "10", "NUM_LOOPS": "1"})
+    assert halves(build_schedule(whole, True)) == (list(range(11)), list(range(11)))
+    one = Config.from_env({"LOOP_START": "10", "LOOP_END": "10", "NUM_LOOPS": "3"})
+    assert sum(halves(build_schedule(one, True)), []) == [*range(11), 10, 10, 10]
+    assert len(popped(build_schedule(one, True))) == 7
+
+
+def test_no_loops_means_one_schedule():
+    model = tiny_model(tiny_config(num_loops=0))
+    assert model.schedules[False] == model.schedules[True] == build_schedule(model.config, False)
+    assert halves(model.schedules[True]) == ([0, 1, 2], [3, 4, 5])
+
+
+# ---- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def test_rotary_base_grows_beyond_the_training_length():
+    """1e4, and beyond 2048 tokens 1e4 * (length / 2048)^(16/14)."""
+    cfg = Config.from_env({})
+    for length, base in ((64, 1e4), (2048, 1e4), (4096, 1e4 * 2 ** (16 / 14)), (3000, 1e4 * (3000 / 2048) ** (8 / 7))):
+        angles = train_gpt.rotary_angles(cfg, length, torch.device("cpu"))
+        assert angles.shape == (length, 1, 8)
+        expected = torch.tensor([base ** (-2 * i / 16) for i in range(8)], dtype=torch.float64)
+        torch.testing.assert_close(angles[1, 0].double(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(angles[length - 1, 0].double(), expected * (length - 1), rtol=1e-5, atol=0)
+
+
+def slow_flash_attention(q, k, v, causal):
+    """What flash_attn_func promises: [B, T, H, d] in and out, grouped heads, scale 1 / sqrt(d)."""
+    assert causal and q.shape[:2] == k.shape[:2] == v.shape[:2]
+    each = q.size(2) // k.size(2)
+    heads = []
+    for h in range(q.size(2)):
+        rows = []
+        for t in range(q.size(1)):
+            keys, values = k[:, :t + 1, h // each], v[:, :t + 1, h // each]
+            scores = (keys * q[:, t, None, h]).sum(-1) / math.sqrt(q.size(-1))
+            rows.append((scores.softmax(-1)[..., None] * values).sum(1))
+        heads.append(torch.stack(rows, 1))
+    return torch.stack(heads, 2)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_kernels_agree(groups, monkeypatch):
+    monkeypatch.setattr(train_gpt, "flash_attn_func", slow_flash_attention)
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, 11, heads, 16) for heads in (4, groups, groups)]
+    upstream, results = torch.randn(2, 11, 4, 16), {}
+    for kernel in ("fa3", "sdpa", "plain"):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        y = train_gpt.causal_attention(*leaves, kernel)
+        results[kernel] = [y, *torch.autograd.grad(y, leaves, upstream)]
+    for kernel in ("sdpa", "plain"):
+        for got, expected in zip(results[kernel], results["fa3"]):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+def test_model_gives_the_same_with_every_kernel(monkeypatch):
+    monkeypatch.setattr(train_gpt, "flash_attn_func", slow_flash_attention)
+    tokens, results = random_ids(2, 10), {}
+    for kernel in ("sdpa", "plain", "fa3"):
+        model = tiny_model(tiny_config())
+        model.attention, model.looping = kernel, True
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        results[kernel] = [loss.detach(), *(p.grad for p in model.parameters())]
+    for kernel in ("plain", "fa3"):
+        for got, expected in zip(results[kernel], results["sdpa"]):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows, chunk", [(17, 7), (17, 17), (17, 512), (1, 1), (16, 4)])
+def test_softcap_cross_entropy_is_autograd(rows, chunk, monkeypatch):
+    monkeypatch.setattr(train_gpt, "HEAD_CHUNK_TOKENS", {"cpu": chunk})
+    torch.manual_seed(0)
+    x, weight, targets = 3 * torch.randn(rows, 24), 2 * torch.randn(50, 24), torch.randint(50, (rows,))
+    targets[0] = 49
+    got = [t.clone().requires_grad_() for t in (x, weight)]
+    want = [t.double().requires_grad_() for t in (x, weight)]
+    loss = train_gpt.SoftcapCrossEntropy.apply(*got, targets, 30.0)
+    expected = F.cross_entropy(30 * torch.tanh(want[0] @ want[1].T / 30), targets)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    (-2.5 * loss).backward()  # a factor upstream must reach the gradients
+    (-2.5 * expected).backward()
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_is_the_mean_score(monkeypatch):
+    monkeypatch.setattr(train_gpt, "HEAD_CHUNK_TOKENS", {"cpu": 7})
+    model, tokens = tiny_model(tiny_config()), random_ids(3, 12)
+    with torch.no_grad():
+        loss, nll = model(tokens[:, :-1], tokens[:, 1:]), model.nll(tokens[:, :-1], tokens[:, 1:])
+    assert nll.shape == (3, 11)
+    torch.testing.assert_close(loss, nll.mean(), rtol=1e-5, atol=0)
+
+
+def test_squared_leaky_relu_is_autograd():
+    x = torch.cat((torch.randn(200, generator=torch.Generator().manual_seed(0)), torch.zeros(1)))
+    upstream = torch.linspace(-1, 2, len(x))
+    got, want = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = train_gpt.SquaredLeakyReLU.apply(got), F.leaky_relu(want, 0.5) ** 2
+    torch.testing.assert_close(y, expected)
+    y.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(got.grad, want.grad)
+
+
+def test_exclude_own_value():
+    torch.manual_seed(0)
+    y, v = torch.randn(2, 5, 6, 8), torch.randn(2, 5, 3, 8)
+    got = train_gpt.exclude_own_value(y, v)
+    own = v.repeat_interleave(2, dim=2)
+    assert (got * own).sum(-1).abs().max() < 1e-5
+    unit = F.normalize(own, dim=-1)
+    torch.testing.assert_close(got, y - (y * unit).sum(-1, keepdim=True) * unit)
+    assert train_gpt.exclude_own_value(y, torch.zeros_like(v)).equal(y)  # nothing to project on, and no NaN
+
+
+@pytest.mark.parametrize("looping", [False, True])
+def test_no_position_sees_the_future_or_another_row(looping):
+    model, ids = tiny_model(tiny_config(), noise=0.2), random_ids(3, 32)
+    model.looping = looping
+    with torch.no_grad():
+        before = model.logits(ids, 32)
+        for t in (0, 13, 31):
+            changed = ids.clone()
+            changed[1, t] += 1 if ids[1, t] < 299 else -1
+            after = model.logits(changed, 32)
+            assert torch.equal(before[1, :t], after[1, :t])
+            assert torch.equal(before[[0, 2]], after[[0, 2]])
+            assert (before[1, t:] != after[1, t:]).any(-1).all()  # all later ones do see it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("looping", [False, True])
+def test_compiled_loss_is_the_eager_one(looping):
+    tokens, results = random_ids(4, 33), []
+    torch._dynamo.reset()
+    for compiled in (False, True):
+        model = tiny_model(tiny_config(num_layers=3, loop_start=1, loop_end=1, parallel_residual_start=2))
+        model.looping = looping
+        loss_fn = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+        loss = loss_fn(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,274 @@
+"""Room 6: warm-up, schedule switches, budget, log lines, averaging and rank independence of the training loop."""
+import json
+import math
+import os
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny_config, tiny_env, torchrun, write_shards
+
+import train_gpt
+from train_gpt import GPT, Config, Optimizer, Runtime, TrainData
+
+LOG_LINE = re.compile(r"(\d+)/(\d+) train_loss: (\d+\.\d{4}) train_time: (\d+\.\d)m tok/s: (\d+)")
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    write_shards(tmp_path)
+    return tmp_path
+
+
+class Clock:
+    """A clock that only moves when told to; stands in for train_gpt's `time` module."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(train_gpt, "time", clock)
+    return clock
+
+
+def train_run(config, after_pass=lambda model: None, validate=lambda: "val_loss:0 val_bpb:0 eval_time:0ms"):
+    """Warm up and train from weights that do not depend on SEED, and write down what can be seen from outside.
+
+    One micro-batch is one step here: `states` has (looping, loss, weights before the step) of each.
+    """
+    rt = Runtime(config)
+    lines, states, rates = [], [], []
+    rt.log = lines.append
+    torch.manual_seed(0)
+    model = GPT(config).to_compute(rt)
+
+    def loss_fn(ids, targets):
+        loss = model(ids, targets)
+        states.append((model.looping, loss.item(), [p.detach().clone() for p in model.parameters()]))
+        return loss + (after_pass(model) or 0.0)
+
+    class WatchedOptimizer(Optimizer):
+        def step(self, lr_multiplier, momentum):
+            rates.append((lr_multiplier, momentum))
+            super().step(lr_multiplier, momentum)
+
+    data = TrainData(config, rt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "Optimizer", WatchedOptimizer)
+        train_gpt.warm_up(config, rt, model, loss_fn, data)
+        warmup = states[:], rates[:], [p.detach().clone() for p in model.parameters()], model.looping
+        states.clear()
+        rates.clear()
+        result = train_gpt.train(config, rt, model, loss_fn, data, validate)
+    return SimpleNamespace(model=model, lines=lines, states=states, rates=rates, result=result, warmup=warmup,
+                           losses=[loss for _, loss, _ in states], looping=[looping for looping, _, _ in states])
+
+
+def same_weights(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other))
+
+
+# ---- warm-up and determinism -----------------------------------------------------------------------------------------
+
+
+def test_warm_up_leaves_no_trace(data_dir):
+    """Both looping states run and change the weights; then every weight is back, and training is as without it."""
+    without = train_run(tiny_config(data_dir=data_dir))
+    assert without.warmup[0] == []
+    run = train_run(tiny_config(data_dir=data_dir, warmup_steps=2))
+    states, rates, restored, looping = run.warmup
+    assert [state[0] for state in states] == [False, False, True, True]
+    assert len(rates) == 4 and rates[0][0] > 0
+    initial = states[0][2]
+    assert not same_weights(initial, states[-1][2])
+    assert same_weights(initial, restored)
+    assert not looping
+    assert run.losses == without.losses and len(run.losses) == 6
+    assert same_weights(run.model.parameters(), without.model.parameters())
+
+
+def test_training_depends_on_the_seed_alone(data_dir):
+    one, again, other = (train_run(tiny_config(data_dir=data_dir, seed=seed)) for seed in (1, 1, 2))
+    assert one.losses == again.losses
+    assert same_weights(one.model.parameters(), again.model.parameters())
+    assert all(a != b for a, b in zip(one.losses, other.losses))  # other data from the first batch on
+
+
+def test_the_loss_falls_on_learnable_data(data_dir):
+    """Each token follows from the one before it."""
+    walk = [1]
+    while len(walk) < 4000:
+        walk.append(3 + (walk[-1] * 5 + 7) % 60)
+    train_gpt.write_shard(data_dir / "datasets/fineweb10B_sp300/fineweb_train_000000.bin", np.array(walk))
+    (data_dir / "datasets/fineweb10B_sp300/fineweb_train_000001.bin").unlink()
+    run = train_run(tiny_config(data_dir=data_dir, iterations=40))
+    assert run.losses[0] == pytest.approx(math.log(300), abs=0.05)  # knows nothing yet
+    assert run.losses[-1] < 0.5
+
+
+# ---- the schedules in the loop ---------------------------------------------------------------------------------------
+
+
+def test_looping_switches_on_at_its_part_of_the_run(data_dir):
+    run = train_run(tiny_config(data_dir=data_dir, iterations=10, enable_looping_at=0.35))
+    assert run.looping == [False] * 4 + [True] * 6
+    assert [line for line in run.lines if line.startswith("layer_loop")] == [
+        "layer_loop:enabled step:4 frac:0.400 encoder:[0, 1, 2, 3, 2] decoder:[3, 2, 3, 4, 5]"]
+    assert run.model.looping
+
+
+def test_looping_at_once_never_and_not_at_all(data_dir):
+    assert train_run(tiny_config(data_dir=data_dir, iterations=2, enable_looping_at=0)).looping == [True, True]
+    late = train_run(tiny_config(data_dir=data_dir, iterations=2, enable_looping_at=1))
+    assert late.looping == [False, False] and late.model.looping  # scored with the loops all the same
+    without = train_run(tiny_config(data_dir=data_dir, iterations=2, enable_looping_at=0, num_loops=0))
+    assert without.looping == [False, False] and not without.model.looping
+    assert not any(line.startswith("layer_loop") for line in without.lines + late.lines)
+
+
+def test_each_step_gets_its_learning_rate_and_momentum(data_dir):
+    run = train_run(tiny_config(data_dir=data_dir, iterations=8, warmdown_frac=0.5, muon_momentum_warmup_steps=4))
+    multipliers, momenta = zip(*run.rates)
+    assert multipliers == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert momenta == pytest.approx([0.92, 0.9325, 0.945, 0.9575, 0.97, 0.97, 0.97, 0.97])
+
+
+# ---- the budget ------------------------------------------------------------------------------------------------------
+
+
+def test_the_wallclock_budget_ends_training_and_paces_it(data_dir, clock):
+    """22 s less a reserve of 12 s, 1 s a step; validation takes 100 s each time, and they do not count."""
+    def one_second(model):
+        clock.now += 1
+
+    def validate():
+        clock.now += 100
+        return "val_loss:1 val_bpb:2 eval_time:3ms"
+
+    run = train_run(tiny_config(data_dir=data_dir, iterations=50, max_wallclock_seconds=22, gptq_reserve_seconds=12,
+                                val_loss_every=4, warmdown_frac=0.5), one_second, validate)
+    assert run.result.steps == 10 and run.result.seconds == 10
+    assert run.looping == [False] * 4 + [True] * 6  # 0.35 of 10 s
+    assert "layer_loop:enabled step:4 frac:0.400 encoder:[0, 1, 2, 3, 2] decoder:[3, 2, 3, 4, 5]" in run.lines
+    assert [rate for rate, _ in run.rates] == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert [line for line in run.lines if "val_loss" in line] == [
+        f"{step}/50 val_loss:1 val_bpb:2 eval_time:3ms" for step in (4, 8, 10)]
+    assert "stopping_early: wallclock_cap train_time: 10000ms step: 10/50" in run.lines
+
+
+def test_a_run_that_finishes_does_not_stop_early(data_dir, clock):
+    run = train_run(tiny_config(data_dir=data_dir, iterations=3, max_wallclock_seconds=1000))
+    assert run.result.steps == 3
+    assert not any("stopping_early" in line for line in run.lines)
+
+
+def test_log_lines_keep_the_communitys_shape(data_dir, clock):
+    """The first five steps, every TRAIN_LOG_EVERY-th, and whenever more than 30 s have passed."""
+    def three_seconds_or_a_minute(model):
+        clock.now += 60 if clock.now == 21 else 3
+
+    run = train_run(tiny_config(data_dir=data_dir, iterations=12, train_log_every=6), three_seconds_or_a_minute)
+    shown = [LOG_LINE.fullmatch(line) for line in run.lines if "train_loss" in line]
+    assert all(shown), run.lines
+    seconds = [3, 6, 9, 12, 15, 18, 81, 93]
+    assert [int(m[1]) for m in shown] == [1, 2, 3, 4, 5, 6, 8, 12]
+    assert [m[4] for m in shown] == [f"{s / 60:.1f}" for s in seconds]
+    assert [m[5] for m in shown] == [f"{int(m[1]) * 256 / s:.0f}" for m, s in zip(shown, seconds)]
+    assert {m[2] for m in shown} == {"12"}
+    assert [m[3] for m in shown] == [f"{run.losses[int(m[1]) - 1]:.4f}" for m in shown]
+    assert run.result.loss == pytest.approx(run.losses[-1])
+
+
+# ---- failures and the end --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_loss_that_is_not_finite_stops_the_run(data_dir, bad, step):
+    passes = []
+
+    def break_one(model):
+        passes.append(1)
+        return bad if len(passes) == step else 0.0
+
+    with pytest.raises(FloatingPointError, match=rf"\b{bad}\b.*\bstep {step}\b"):
+        train_run(tiny_config(data_dir=data_dir, iterations=4), break_one)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.0])
+def test_the_model_ends_with_the_averaged_weights(data_dir, decay):
+    last = []
+    config = tiny_config(data_dir=data_dir, iterations=4, ema_decay=decay)
+
+    def validate():  # runs after the last step and before the average is put in: sees the raw weights
+        last.extend(p.detach().clone() for p in models[-1].parameters())
+        return ""
+
+    models = []
+    run = train_run(config, lambda model: models.append(model), validate)
+    expected, *later = [weights for _, _, weights in run.states] + [last]
+    for weights in later:
+        expected = [decay * e + (1 - decay) * w for e, w in zip(expected, weights)]
+    for p, e in zip(run.model.parameters(), expected):
+        torch.testing.assert_close(p.detach(), e, rtol=0, atol=1e-6)
+    assert same_weights(run.model.parameters(), last) == (decay == 0)
+
+
+# ---- several ranks ---------------------------------------------------------------------------------------------------
+
+RANK_SCRIPT = """
+import json, os, sys
+sys.path.insert(0, os.environ["TESTS"])
+import test_training, train_gpt
+rank = int(os.environ["RANK"])
+clock = train_gpt.time = test_training.Clock()
+reports = test_training.two_runs(json.loads(os.environ["SETTINGS"]), clock, 1 + 2.5 * rank)
+with open(f"reports_{rank}.json", "w") as f:
+    json.dump(reports, f)
+"""
+
+
+def two_runs(settings, clock, seconds_per_pass):
+    """One run by steps, then one by the clock; what all ranks together saw, exact: the losses and steps of each."""
+    reports = []
+    for more in ({"ITERATIONS": "6"}, {"ITERATIONS": "9", "MAX_WALLCLOCK_SECONDS": "16"}):
+        losses, read = [], train_gpt.Pulse.read
+
+        def watched_read(pulse, losses=losses, read=read):
+            values = read(pulse)
+            losses.append(values[0])
+            return values
+
+        def tick(model):
+            clock.now += seconds_per_pass
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_gpt.Pulse, "read", watched_read)
+            steps = train_run(Config.from_env({**settings, **more}), tick).result.steps
+        reports.append({"losses": losses, "steps": steps})
+    return reports
+
+
+def test_two_ranks_see_the_losses_of_one(data_dir, tmp_path, clock):
+    """And they stop together: the budget is rank 0's, however fast rank 1's clock runs."""
+    settings = tiny_env(data_dir=data_dir)
+    expected = two_runs(settings, clock, 1)
+    assert [len(report["losses"]) for report in expected] == [6, 4]
+    script = tmp_path / "ranks.py"
+    script.write_text(RANK_SCRIPT)
+    done = torchrun(2, str(script), cwd=tmp_path, timeout=60, env={
+        "PYTHONPATH": str(ROOT), "TESTS": os.path.dirname(__file__), "SETTINGS": json.dumps(settings)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        reports = json.loads((tmp_path / f"reports_{rank}.json").read_text())
+        for report, one in zip(reports, expected):
+            assert report["steps"] == one["steps"]
+            assert report["losses"] == pytest.approx(one["losses"], abs=1e-4)
