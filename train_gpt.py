@@ -619,7 +619,9 @@ class TrainData:
         if self.first_window[-1] < self.sequences:
             raise UsageError(f"the training shards hold {self.first_window[-1]} windows of {self.seq_len} tokens, one "
                              f"batch takes {self.sequences}: lower TRAIN_BATCH_TOKENS or get more data")
-        self.worker = ThreadPoolExecutor(1)
+        # A new thread would pin its memory through GPU 0, whichever this rank's is.
+        chosen = (torch.cuda.set_device, (rt.device,)) if rt.device.type == "cuda" else (None, ())
+        self.worker = ThreadPoolExecutor(1, "loader", *chosen)
         self.pending = (None, None)
 
     def in_order(self, stream: int) -> TrainData:

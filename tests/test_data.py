@@ -203,7 +203,8 @@ def test_an_epoch_takes_every_window_once_and_then_reshuffles(numbered):
     check_epoch(data, second, SHARDS)
     starts = [w[0] // SEQ for w in first], [w[0] // SEQ for w in second]
     assert starts[0] != sorted(starts[0]) and starts[0] != starts[1]  # shuffled, and anew
-    assert len({tuple(epoch_windows(data, e)[:, 0] % SEQ) for e in range(4)}) > 1  # phases are drawn anew
+    for shard in SHARDS:  # phases are drawn anew
+        assert len({int(w[0]) % SEQ for e in range(4) for w in epoch_windows(data, e) if w[0] in shard}) > 1
     np.testing.assert_array_equal(epoch_windows(data, 0), first)  # going back is possible
 
 
@@ -273,14 +274,15 @@ def test_calibration_has_an_order_of_its_own_over_training_shards_only(tmp_path)
     config = numbered_shards(tmp_path)
     train_gpt.write_shard(config.shard_dir / "fineweb_val_000000.bin", np.arange(60000, 62000))
     data = TrainData(config, RankOf())
-    wanted = [global_batch(data, k) for k in range(3)]
+    wanted = [global_batch(data, k) for k in range(25)]
+    global_batch(data, 1)
     other = data.in_order(1)
-    calibration = [global_batch(other, k) for k in range(25)]
+    calibration = [global_batch(other, k) for k in (2, 0, 1, *range(3, 25))]  # training's batch 2 is on its way
     assert all(int(batch.max()) < 5700 for batch in calibration)
-    assert not any(torch.equal(a, b) for a, b in zip(calibration, wanted))
+    assert not any(torch.equal(a, b) for a in calibration for b in wanted)
     fresh = data.in_order(1)
     check_epoch(fresh, epoch_windows(fresh, 0), SHARDS)
-    assert all(torch.equal(global_batch(data, k), wanted[k]) for k in range(3))  # training's order is untouched
+    assert all(torch.equal(global_batch(data, k), wanted[k]) for k in range(25))  # training's order is untouched
     assert torch.equal(global_batch(data.in_order(0), 1), wanted[1])
 
 
@@ -404,9 +406,11 @@ def test_the_embedded_corpus_loads(corpus, rt):
     assert all(shard[0] == sp.bos_id() for shard in data.shards) and val.tokens[0] == sp.bos_id()
     check_documents(sp, val, int((val.tokens == sp.bos_id()).sum()))
     assert int((val.tokens == sp.bos_id()).sum()) > 5 and len(contents(corpus.data_dir)) == 3
-    train_text, val_text = (sp.decode(np.asarray(open_shard(train_gpt.shard_files(corpus, split)[0])).tolist())
-                            for split in ("train", "val"))
-    assert val_text[:2000] not in train_text  # no document is in both
+    documents = {}
+    for split in ("train", "val"):
+        tokens = open_shard(train_gpt.shard_files(corpus, split)[0])
+        documents[split] = {part.tobytes() for part in np.split(tokens, np.flatnonzero(tokens == sp.bos_id()))[1:]}
+    assert len(documents["train"] & documents["val"]) <= 1 < len(documents["val"])  # Python has one text twice
 
 
 @pytest.mark.parametrize("missing", [None, "tokenizers/*", "datasets/*/fineweb_val*", "datasets/*/fineweb_train*"])

@@ -204,7 +204,8 @@ def test_hessians_are_the_mean_over_training_inputs(calibration, monkeypatch):
         assert found[site].dtype == torch.float32
         difference = (found[site] - hessian).norm() / hessian.norm()
         assert difference < 1e-5, f"{site}: {difference}"
-    assert "project" not in vars(model)  # the model is as it was
+    still_watched = "project" in vars(model)
+    assert not still_watched
 
 
 def test_calibration_reads_training_tokens_only(calibration, monkeypatch):

@@ -102,6 +102,25 @@ def test_training_depends_on_the_seed_alone(data_dir):
     assert all(a != b for a, b in zip(one.losses, other.losses))  # other data from the first batch on
 
 
+def test_the_loop_is_one_step_on_each_batch_in_turn(data_dir):
+    """The loop without anything around it, by hand, from the pieces of rooms 3 to 5."""
+    config = tiny_config(data_dir=data_dir, iterations=5, num_loops=0)
+    run = train_run(config)
+    rt = Runtime(config)
+    torch.manual_seed(0)
+    model, data = GPT(config), TrainData(config, rt)
+    optimizer, losses = Optimizer(config, rt, model), []
+    for step in range(5):
+        (ids, targets), = data.batch(step)
+        for p in model.parameters():
+            p.grad.zero_()
+        loss = model(ids, targets)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step(train_gpt.lr_multiplier(config, step / 5), train_gpt.muon_momentum(config, step))
+    assert run.losses == losses
+
+
 def test_the_loss_falls_on_learnable_data(data_dir):
     """Each token follows from the one before it."""
     walk = [1]
