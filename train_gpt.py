@@ -200,6 +200,8 @@ class Config:
         """
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         problems, given, base = misspelt(env, list(fields)), {}, {}
+        problems += [f"the artifact was made with {name}, which is no setting of its own in this script"
+                     for name in stored or () if name not in STORED_SETTINGS]
         for values, text_of in ((given, env), (base, {name.upper(): value for name, value in (stored or {}).items()})):
             for name in fields.keys() & text_of.keys():
                 try:
@@ -261,6 +263,9 @@ class Config:
 
 
 MODEL_SETTINGS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["room"] == "model")
+# What an artifact says of itself and brings along; folders and the machine's settings are never its business.
+STORED_SETTINGS = ("preset", "seed", *(f.name for f in dataclasses.fields(Config) if f.metadata["room"] in
+                                       ("model", "optimizer", "quantization", "evaluation")))
 
 PRESETS = {
     # PR #1541 is the default system: the fields above are its values.
@@ -614,8 +619,8 @@ class TrainData:
             problem = str(error)
         rt.agree(problem)
         # One window less than fits, unless that leaves none, so that any phase below seq_len has as many windows.
-        counts = [(n - self.seq_len) // self.seq_len or (n > self.seq_len) for n in map(len, self.shards)]
-        self.first_window = np.cumsum([0, *map(int, counts)])
+        counts = [max((n - self.seq_len) // self.seq_len, int(n > self.seq_len)) for n in map(len, self.shards)]
+        self.first_window = np.cumsum([0, *counts])
         if self.first_window[-1] < self.sequences:
             raise UsageError(f"the training shards hold {self.first_window[-1]} windows of {self.seq_len} tokens, one "
                              f"batch takes {self.sequences}: lower TRAIN_BATCH_TOKENS or get more data")
@@ -718,12 +723,17 @@ def write_file(path: Path, data: bytes):
 
 
 def write_embedded_corpus(config: Config):
-    """Make shards and a tokenizer from the documentation topics that come with Python, unless they are there.
+    """Make shards and a tokenizer from the documentation topics that come with Python, unless all of them are there.
 
     Each topic is a document; every tenth goes to the validation split. Same recipe as the contest's tokenizers.
+    Raises UsageError if some of the files are there and some are not: they may be somebody's own.
     """
-    if config.tokenizer.is_file() and all(any(config.shard_dir.glob(f"fineweb_{s}_*.bin")) for s in ("train", "val")):
+    there = [config.tokenizer.is_file(), *(any(config.shard_dir.glob(f"fineweb_{s}_*.bin")) for s in ("train", "val"))]
+    if all(there):
         return
+    if any(there):
+        raise UsageError(f"CORPUS=embedded: of {config.tokenizer} and the train and val shards in {config.shard_dir} "
+                         "some are there and some are not; remove them or choose another DATA_DIR")
     from pydoc_data.topics import topics  # 0.5 MB of text; imported only where it is used
 
     documents = [text for _, text in sorted(topics.items())]
@@ -762,8 +772,9 @@ def build_schedule(config: Config, looping: bool) -> tuple[VirtualLayer, ...]:
         order = order[:start] + order[start:stop] * (config.num_loops + 1) + order[stop:]
     encoder = len(order) // 2
     two_lanes_from = config.parallel_residual_start if config.parallel_residual == "improved" else config.num_layers
-    return tuple(VirtualLayer(layer, 2 if layer >= two_lanes_from else 1, i < encoder,
-                              i - encoder if encoder <= i < 2 * encoder else -1) for i, layer in enumerate(order))
+    lanes = [2 if max(order[:i + 1]) >= two_lanes_from else 1 for i in range(len(order))]  # two lanes stay two
+    return tuple(VirtualLayer(layer, lanes[i], i < encoder, i - encoder if encoder <= i < 2 * encoder else -1)
+                 for i, layer in enumerate(order))
 
 
 class LayerWeights(NamedTuple):
@@ -1121,7 +1132,7 @@ class Optimizer:
 
 
 def lr_multiplier(config: Config, frac: float) -> float:
-    """Factor of all learning rates at `frac` of the budget: 1, then linear to MIN_LR over the last WARMDOWN_FRAC."""
+    """Factor of all learning rates at `frac` of the budget: 1, then linear to 0 over WARMDOWN_FRAC, MIN_LR at least."""
     if frac <= 1 - config.warmdown_frac:
         return 1.0
     return max((1 - frac) / config.warmdown_frac, config.min_lr)
@@ -1476,15 +1487,19 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
         raise ArtifactError("the artifact is damaged: its checksum does not fit (truncated or altered)")
     try:
         head = json.loads(brotli.Decompressor().process(body[:head_bytes], output_buffer_limit=1 << 20))
-        table = [(str(name), ARTIFACT_DTYPES[dtype], tuple(shape)) for name, dtype, shape in head.pop("tensors")]
-        lengths, compressor = head.pop("streams"), head["compressor"]
-        counts = [math.prod(shape) for _, _, shape in table]
-        sane = all(type(n) is int and n >= 0 for n in (*lengths, *(n for _, _, shape in table for n in shape)))
+        table, lengths, compressor = head.pop("tensors"), head.pop("streams"), head["compressor"]
+        numbers = [*lengths, *(n for _, _, shape in table for n in shape)]
+        if not all(type(n) is int and 0 <= n <= MAX_RAW_BYTES for n in numbers):
+            raise ValueError("a size is negative, huge or no whole number")
+        table = [(str(name), ARTIFACT_DTYPES[dtype], tuple(shape)) for name, dtype, shape in table]
+        # An empty tensor, too, must be one that fits: zeros among the sizes count as ones.
+        if sum(math.prod(max(n, 1) for n in shape) * d.itemsize for _, d, shape in table) > MAX_RAW_BYTES:
+            raise ValueError("the tensors are huge")
+        if len({name for name, _, _ in table}) != len(table):
+            raise ValueError("a tensor is there twice")
     except (brotli.error, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ArtifactError(f"the artifact's header cannot be read: {error!r}") from error
-    sizes = [count * dtype.itemsize for count, (_, dtype, _) in zip(counts, table)]
-    if not sane or sum(sizes) > MAX_RAW_BYTES or len({name for name, _, _ in table}) != len(table):
-        raise ArtifactError("the artifact's header is impossible: negative, huge or repeated tensors")
+    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in table]
     if compressor not in COMPRESSORS:
         raise ArtifactError(f"the artifact's compressor is {compressor!r}, not one of {', '.join(COMPRESSORS)}")
     ends = np.cumsum([head_bytes, *lengths])
@@ -1505,10 +1520,9 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
 def artifact_header(config: Config) -> dict[str, object]:
     """What an artifact says of itself: the settings beside its preset's, without folders and machine settings."""
     preset = Config(**PRESETS[config.preset])
-    kept = [f.name for f in dataclasses.fields(Config)
-            if f.metadata["room"] in ("model", "optimizer", "quantization", "evaluation")]
-    settings = {name: getattr(config, name) for name in kept if getattr(config, name) != getattr(preset, name)}
-    return {"settings": {"preset": config.preset, "seed": config.seed, **settings}, "compressor": config.compressor}
+    settings = {name: getattr(config, name) for name in STORED_SETTINGS
+                if name in ("preset", "seed") or getattr(config, name) != getattr(preset, name)}
+    return {"settings": settings, "compressor": config.compressor}
 
 
 def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tensor]) -> GPT:
@@ -1516,13 +1530,17 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
     with torch.device("meta"):  # no initial values, which the stored ones would only replace
         model = GPT(config)
     model.to_empty(device="cpu")
+    left = dict(tensors)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            stored = (dequantize(tensors[f"{name}.q"], tensors[f"{name}.scale"])
-                      if f"{name}.q" in tensors and f"{name}.scale" in tensors else tensors.get(name))
-            if stored is None or stored.shape != p.shape:
+            integers, scale, plain = (left.pop(f"{name}{suffix}", None) for suffix in (".q", ".scale", ""))
+            if integers is not None and scale is not None and scale.shape == integers.shape[:-1]:
+                plain = dequantize(integers, scale)
+            if plain is None or plain.shape != p.shape:
                 raise ArtifactError(f"the artifact has no {name} of shape {list(p.shape)}: it is another model's")
-            p.copy_(stored)
+            p.copy_(plain)
+    if left:
+        raise ArtifactError(f"the artifact has {', '.join(left)}, which this model has not")
     model.looping = config.num_loops > 0
     return model.to_compute(rt)
 
@@ -1902,19 +1920,17 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
     return record
 
 
-def load_data(config: Config, rt: Runtime) -> tuple[spm.SentencePieceProcessor, ValidationData]:
-    """Load the tokenizer and the validation split; with CORPUS=embedded, rank 0 first makes what is missing."""
-    if config.corpus == "embedded" and rt.main:
-        write_embedded_corpus(config)
-    rt.agree()  # nobody looks for the corpus before it is written
-    sp = load_tokenizer(config)
-    return sp, ValidationData(config, rt, sp)
-
-
 def run_training(config: Config, rt: Runtime):
     """MODE=train: train, quantize, pack, then score what was packed."""
-    sp, val = load_data(config, rt)
-    data = TrainData(config, rt)
+    problem = ""
+    if config.corpus == "embedded" and rt.main:
+        try:
+            write_embedded_corpus(config)
+        except UsageError as error:
+            problem = str(error)
+    rt.agree(problem)  # nobody looks for the corpus before it is written
+    sp = load_tokenizer(config)
+    val, data = ValidationData(config, rt, sp), TrainData(config, rt)
     record = begin(config, rt, val)
     check_byte_count(record, config, val, sp)
     model = GPT(config).to_compute(rt)
@@ -1987,7 +2003,8 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
 
 def run_evaluation(config: Config, rt: Runtime):
     """MODE=eval: score the artifact in OUT_DIR; no training data is touched."""
-    sp, val = load_data(config, rt)
+    sp = load_tokenizer(config)
+    val = ValidationData(config, rt, sp)
     record = begin(config, rt, val)
     check_byte_count(record, config, val, sp)
     score_artifact(config, rt, record, val, read_artifact(config.out_dir))
@@ -2014,6 +2031,8 @@ def read_config(env: Mapping[str, str]) -> Config:
     stored = None
     if env.get("MODE") == "eval":
         stored = unpack_artifact(read_artifact(env.get("OUT_DIR", Config.out_dir)))[1].get("settings")
+        if not isinstance(stored, dict):
+            raise ArtifactError("the artifact does not say which settings it was made with")
     config = Config.from_env(env, stored)
     if config.mode in ("train", "pack") and Path(__file__).resolve() == Path(config.out_dir, "train_gpt.py").resolve():
         raise UsageError(f"OUT_DIR={config.out_dir} is this script's own folder: the packed script would overwrite it")
