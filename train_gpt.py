@@ -461,11 +461,11 @@ class Runtime:
         return f"{self.world}x CPU rank, {os.cpu_count()} cores ({platform.machine()})"
 
     def close(self):
-        """Leave the process group and close the log."""
+        """Leave the process group, once all ranks are done with it, and close the log."""
         if self.log_file:
             self.log_file.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def choose_attention(wanted: str, on_gpu: bool) -> str:

@@ -350,8 +350,8 @@ def kept_book(walk, targets: int = TARGETS, **settings) -> Bookkeeper:
     return book
 
 
-@pytest.mark.parametrize("settings", [{}, {"TTT_CHUNK_TOKENS": 75, "EVAL_STRIDE": 7}, {"TTT_CHUNK_TOKENS": LENGTH}],
-                         ids=str)
+@pytest.mark.parametrize("settings", [{}, {"TTT_CHUNK_TOKENS": 2 * LENGTH, "EVAL_STRIDE": 7},
+                                      {"TTT_CHUNK_TOKENS": LENGTH}], ids=str)
 def test_scored_before_any_update_and_only_once(settings):
     assert kept_book(honest, **settings).check(TARGETS) >= 6
 
