@@ -1,7 +1,9 @@
 """The whole pipeline as a user runs it: torchrun, one and two ranks, MODE=eval from the packed script alone."""
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -86,6 +88,32 @@ def test_packed_script_scores_the_artifact_alone(runs, tmp_path):
     for stage in STAGES[1:]:
         assert {**again[stage], "seconds": 0} == {**runs[0].record[stage], "seconds": 0}
     assert again["code_sha256"] == runs[0].record["code_sha256"] and again["prequant"] is None
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one(runs, tmp_path):
+    """Two torchrun agents that meet by rendezvous, each with a folder of its own and one rank: the same lines."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for node in (0, 1):
+        folder = tmp_path / str(node)
+        folder.mkdir()
+        shutil.copytree(runs[0].folder / "out" / "smoke_data", folder / "out" / "smoke_data")
+        nodes.append(subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1",
+             "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test", str(ROOT / "train_gpt.py")],
+            cwd=folder, env={**os.environ, **SMALL, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True))
+    outputs = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    records = list(tmp_path.glob("*/logs/run.json"))
+    assert len(records) == 1, "rank 0 alone writes"
+    record = json.loads(records[0].read_text())
+    assert record["world_size"] == 2
+    for stage in STAGES:
+        assert record[stage]["val_bpb"] == pytest.approx(runs[1].record[stage]["val_bpb"], abs=1e-6)
 
 
 @pytest.mark.parametrize("ranks, env, message", [
