@@ -95,9 +95,9 @@ _run, _data, _model, _optim, _quant, _eval, _collect = (
 class Config:
     """Every setting of a run. `Config.from_env(os.environ)` is the only way in; values never change afterwards."""
 
-    mode: str = _run("train", "train: the whole pipeline; eval: score OUT_DIR's artifact; pack: write the packed "
-                     "script; collect: records to submission.json; help: this list",
-                     choices=("train", "eval", "pack", "collect", "help"))
+    mode: str = _run("train", "train: all stages; eval: score OUT_DIR's artifact; pack: write the packed script; "
+                     "collect: records to submission.json; help: this", choices=("train", "eval", "pack", "collect",
+                                                                                "help"))
     preset: str = _run("pr1541", "named values for other settings", choices=("pr1541", "smoke"))
     seed: int = _run(1337, "weights and the order of the training data", 0, 2**31 - 1)
     run_id: str = _run("", "name of the log and the record; empty: preset, seed and time")
@@ -105,16 +105,13 @@ class Config:
     log_dir: str = _run("./logs", "folder for the log and the record")
     device: str = _run("auto", "auto: the GPU where there is one", choices=("auto", "cuda", "cpu"))
     compile: str = _run("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
-    attention: str = _run("auto", "attention kernel; auto: FlashAttention-3 if importable, else PyTorch's own",
-                          choices=("auto", "fa3", "sdpa", "plain"))
-    micro_batch_tokens: int = _run(0, "tokens of one forward pass on one rank: bounds the memory; 0: 98304 on CUDA, "
-                                   "4096 on CPU", 0)
+    attention: str = _run("auto", "auto: FlashAttention-3 if importable", choices=("auto", "fa3", "sdpa", "plain"))
+    micro_batch_tokens: int = _run(0, "tokens a rank holds at a time: bounds memory; 0: 98304 on CUDA, 4096 on CPU", 0)
 
     data_dir: str = _data("./data", "folder with datasets/ and tokenizers/")
     data_path: str = _data("", "folder with the shards; empty: DATA_DIR/datasets/fineweb10B_sp{VOCAB_SIZE}")
     tokenizer_path: str = _data("", "empty: DATA_DIR/tokenizers/fineweb_{VOCAB_SIZE}_bpe.model")
-    corpus: str = _data("shards", "embedded: where DATA_DIR has no shards, write Python's own documentation there",
-                        choices=("shards", "embedded"))
+    corpus: str = _data("shards", "embedded: put Python's documentation there", choices=("shards", "embedded"))
     train_batch_tokens: int = _data(786432, "tokens of one optimizer step, over all ranks", 1)
     train_seq_len: int = _data(2048, "tokens of one training sequence", 8, 2**17)
 
@@ -131,8 +128,7 @@ class Config:
     qk_gain_init: float = _model(5.25, "initial gain of each head's queries", 0, 100)
     xsa_last_n: int = _model(11, "last layers whose attention output loses its own value's direction", 0)
     ln_scale: bool = _model(True, "divide the input of layer i's sublayers by sqrt(i + 1)")
-    parallel_residual: str = _model("improved", "residual stream from PARALLEL_RESIDUAL_START on; improved: two lanes",
-                                    choices=("improved", "none"))
+    parallel_residual: str = _model("improved", "improved: two lanes that mix", choices=("improved", "none"))
     parallel_residual_start: int = _model(7, "first layer with two lanes", 0)
     num_loops: int = _model(2, "further runs of layers LOOP_START..LOOP_END; 0: none", 0, 8)
     loop_start: int = _model(3, "first looped layer", 0)
@@ -230,8 +226,10 @@ class Config:
             (self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
              "LOOP_START <= LOOP_END < NUM_LAYERS must hold (NUM_LOOPS=0 switches the loops off)"),
             (self.train_batch_tokens % self.train_seq_len == 0, "TRAIN_SEQ_LEN must divide TRAIN_BATCH_TOKENS"),
-            (self.micro_batch_tokens == 0 or self.micro_batch_tokens >= max(self.train_seq_len, self.eval_seq_len),
-             "MICRO_BATCH_TOKENS must be 0 or hold at least one sequence (TRAIN_SEQ_LEN and EVAL_SEQ_LEN)"),
+            (self.micro_batch_tokens == 0 or self.micro_batch_tokens >= self.eval_seq_len,
+             "MICRO_BATCH_TOKENS must be 0 or hold at least one window (EVAL_SEQ_LEN)"),
+            (self.micro_batch_tokens == 0 or self.micro_batch_tokens >= self.train_seq_len or self.mode == "eval",
+             "MICRO_BATCH_TOKENS must be 0 or hold at least one sequence (TRAIN_SEQ_LEN)"),
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
             (self.ttt_chunk_tokens >= self.eval_seq_len, "TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
             (self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
@@ -437,12 +435,18 @@ class Runtime:
         dist.broadcast(buffer, 0)
         return buffer.cpu().numpy().tobytes()
 
-    def agree(self, problem: str = ""):
-        """Raise UsageError on every rank if any rank has found a problem: nobody waits for a rank that stopped."""
-        problems = [None] * self.world
-        dist.all_gather_object(problems, problem)
+    @contextlib.contextmanager
+    def agree(self) -> Iterator[None]:
+        """Raise on every rank the UsageError that any rank meets inside: nobody waits for a rank that stopped."""
+        problems: list[str | None] = [None] * self.world
+        mine = None
+        try:
+            yield
+        except UsageError as error:
+            mine = str(error)
+        dist.all_gather_object(problems, mine)
         if any(problems):
-            raise UsageError(next(p for p in problems if p))
+            raise UsageError(next(filter(None, problems)))
 
     def compiled(self, function: Callable) -> Callable:
         """Return `function` compiled with static shapes where COMPILE asks for it, else as it is."""
@@ -515,7 +519,7 @@ HOW_TO_GET_DATA = ("Get FineWeb with the contest's downloader (see README.md), s
 
 
 def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
-    """Load the tokenizer; raise UsageError unless it has VOCAB_SIZE pieces, BOS 1 and a piece for a lone space."""
+    """Load the tokenizer; raise UsageError unless it has VOCAB_SIZE pieces and BOS 1 (its bytes: build_byte_luts)."""
     path = config.tokenizer
     if not path.is_file():
         raise UsageError(f"no tokenizer at {path}. {HOW_TO_GET_DATA}")
@@ -611,13 +615,9 @@ class TrainData:
                                    if per_rank % n == 0 and (n == 1 or n * self.seq_len <= rt.micro_batch_tokens))
         files = shard_files(config, "train")
         self.shards = [open_shard(path) for path in files]
-        problem = ""
-        try:  # the ranks share the reading, which also warms the page cache
+        with rt.agree():  # the ranks share the reading, which also warms the page cache
             for index in range(rt.rank, len(files), rt.world):
                 check_tokens(files[index], self.shards[index], config.vocab_size)
-        except UsageError as error:
-            problem = str(error)
-        rt.agree(problem)
         # One window less than fits, unless that leaves none, so that any phase below seq_len has as many windows.
         counts = [max((n - self.seq_len) // self.seq_len, int(n > self.seq_len)) for n in map(len, self.shards)]
         self.first_window = np.cumsum([0, *counts])
@@ -736,7 +736,7 @@ def write_embedded_corpus(config: Config):
                          "some are there and some are not; remove them or choose another DATA_DIR")
     from pydoc_data.topics import topics  # 0.5 MB of text; imported only where it is used
 
-    documents = [text for _, text in sorted(topics.items())]
+    documents = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # no text in both splits
     model = io.BytesIO()
     lines = [line for text in documents for line in text.splitlines()]
     spm.SentencePieceTrainer.train(
@@ -882,9 +882,9 @@ class SoftcapCrossEntropy(torch.autograd.Function):
             # the narrow factors of the two products.
             p.scatter_add_(1, target, -mass)
             p = p.addcmul_(p, cap.square_(), value=-1).to(x.dtype)
-            per_row = (1 / (mass * len(x))).to(x.dtype)
+            per_row = 1 / (mass * len(x))
             grad_x[begin:begin + rows] = (p @ matrix) * (softcap * per_row)
-            grad_weight += p.t() @ (part * per_row)
+            grad_weight += p.t() @ (part * per_row).to(x.dtype)
         ctx.save_for_backward(grad_x, grad_weight)
         return total / len(x)
 
@@ -1200,7 +1200,6 @@ class TrainingResult(NamedTuple):
 
     steps: int
     seconds: float
-    loss: float
 
 
 def backward_batch(loss_fn: Callable, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -1241,14 +1240,11 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
     """
     budget = config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else None
     optimizer, average, pulse = Optimizer(config, rt, model), WeightAverage(model, config.ema_decay), Pulse(rt)
-    paused, begin, shown, step, loss = 0.0, rt.clock(), 0.0, 0, math.nan
+    paused, begin, shown, step = 0.0, rt.clock(), 0.0, 0
     while True:
-        if step:
-            loss, seconds = pulse.read()
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the training loss is {loss} at step {step}: lower the learning rates")
-        else:
-            seconds = 0.0
+        loss, seconds = pulse.read()  # zeros before the first step
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the training loss is {loss} at step {step}: lower the learning rates")
         if step and (step <= 5 or step % config.train_log_every == 0 or seconds - shown > 30):
             shown = seconds
             rt.log(f"{step}/{config.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m "
@@ -1278,7 +1274,7 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
     if config.ema_decay:
         average.apply()
     model.looping = config.num_loops > 0
-    return TrainingResult(step, seconds, loss)
+    return TrainingResult(step, seconds)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1427,11 +1423,14 @@ def decompress(data: bytes, compressor: str, size: int) -> bytes:
     try:
         if compressor == "lzma":
             raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, max_length=size + 1)
+            finished = True
         else:
-            raw = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
+            stream = brotli.Decompressor()
+            raw = stream.process(data, output_buffer_limit=size + 1)
+            finished = stream.is_finished()
     except (brotli.error, lzma.LZMAError, EOFError) as error:
         raise ArtifactError(f"a stream of the artifact does not decompress: {error}") from error
-    if len(raw) != size:
+    if len(raw) != size or not finished:
         raise ArtifactError(f"a stream of the artifact should hold {size} bytes, but does not")
     return raw
 
@@ -1709,17 +1708,16 @@ def shorten_names(tree: ast.Module):
     """
     kept, counts = {*dir(builtins), *keyword.kwlist, *PUBLIC_NAMES}, collections.Counter()
     renamed = []  # (node, attribute that holds the name)
+    holders = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: "name", ast.ExceptHandler: "name"}
     for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef):
-            kept.update(name.id for item in node.body for name in ast.walk(item) if isinstance(item, ast.AnnAssign)
-                        and name is item.target or isinstance(item, ast.Assign) and name in item.targets)
-            kept.update(item.name for item in node.body if isinstance(item, ast.FunctionDef))
-        elif isinstance(node, (ast.keyword, ast.alias)):
+        if isinstance(node, (ast.keyword, ast.alias)):
             kept.add(node.arg if isinstance(node, ast.keyword) else (node.asname or node.name).split(".")[0])
-        for kind, attribute in ((ast.Name, "id"), (ast.arg, "arg"), (ast.FunctionDef, "name"), (ast.ClassDef, "name")):
-            if isinstance(node, kind):
-                renamed.append((node, attribute))
-                counts[getattr(node, attribute)] += 1
+        for item in node.body if isinstance(node, ast.ClassDef) else ():
+            targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", item)]
+            kept.update(getattr(target, holders.get(type(target), ""), None) for target in targets)
+        if getattr(node, holders.get(type(node), ""), None):
+            renamed.append((node, holders[type(node)]))
+            counts[getattr(*renamed[-1])] += 1
     letters = string.ascii_letters
     fresh = (name for name in (*letters, *map("".join, itertools.product(letters, repeat=2)))
              if name not in kept and name not in counts)
@@ -1779,9 +1777,10 @@ class Record:
             "checks": []}
 
     def set(self, **values):
-        """Enter figures and save."""
+        """Enter figures and write the file."""
         self.data.update(values)
-        self.save()
+        if self.rt.main:
+            write_file(self.path, (json.dumps(self.data, indent=2) + "\n").encode())
 
     def check(self, name: str, ok: bool, detail: str):
         """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
@@ -1795,11 +1794,6 @@ class Record:
         self.check(f"single_pass_{name}", scores.single_pass(),
                    f"{int((scores.times_scored == 1).sum())} of {scores.val.targets} targets scored exactly once")
         self.set(**{name: result})
-
-    def save(self):
-        """Write the file."""
-        if self.rt.main:
-            write_file(self.path, (json.dumps(self.data, indent=2) + "\n").encode())
 
 
 def score_line(result: Mapping[str, float]) -> str:
@@ -1922,13 +1916,9 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
 
 def run_training(config: Config, rt: Runtime):
     """MODE=train: train, quantize, pack, then score what was packed."""
-    problem = ""
-    if config.corpus == "embedded" and rt.main:
-        try:
+    with rt.agree():  # nobody looks for the corpus before it is written
+        if config.corpus == "embedded" and rt.main:
             write_embedded_corpus(config)
-        except UsageError as error:
-            problem = str(error)
-    rt.agree(problem)  # nobody looks for the corpus before it is written
     sp = load_tokenizer(config)
     val, data = ValidationData(config, rt, sp), TrainData(config, rt)
     record = begin(config, rt, val)
@@ -1946,9 +1936,8 @@ def run_training(config: Config, rt: Runtime):
                tokens_per_second=round(result.steps * config.train_batch_tokens / result.seconds))
     record.stage("prequant", "pre-quantization post-ema", validate("prequant"))
     artifact = make_artifact(config, rt, record, model, data.in_order(1))
-    code = pack_source(SOURCE)
     if rt.main:
-        write_outputs(config, model, artifact, code)
+        write_outputs(config, model, artifact, pack_source(SOURCE))
         artifact = (Path(config.out_dir) / ARTIFACT_NAME).read_bytes()
     score_artifact(config, rt, record, val, rt.broadcast_bytes(artifact))
 

@@ -61,9 +61,8 @@ class RankOf(train_gpt.Runtime):
         self.rank, self.world, self.micro_batch_tokens = rank, world, micro_batch_tokens
         self.device = torch.device("cpu")
 
-    def agree(self, problem=""):
-        if problem:
-            raise UsageError(problem)
+    def agree(self):
+        return contextlib.nullcontext()
 
 
 def numbered_shards(data_dir, train=(3000, 2000, 700), **settings) -> train_gpt.Config:

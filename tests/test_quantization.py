@@ -1,4 +1,6 @@
 """Room 7: Hessians from training data, GPTQ against the paper done slowly, the artifact's tensors."""
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -143,8 +145,8 @@ class RankOf(train_gpt.Runtime):
     def __init__(self, rank, world):
         self.rank, self.world, self.micro_batch_tokens, self.device = rank, world, 4096, torch.device("cpu")
 
-    def agree(self, problem=""):
-        assert not problem
+    def agree(self):
+        return contextlib.nullcontext()
 
     def all_reduce(self, tensor, asynchronous=False):
         pass

@@ -59,12 +59,15 @@ class Holder:
         """Doc."""
         inner_sum: int = self.number_of_things + extra_amount
         def closure_function(): return inner_sum + LIMIT_OF_ALL
+        try: raise ValueError(-1)
+        except ValueError as caught_error: inner_sum += caught_error.args[0] + 1
         return closure_function() + keyword_only
 result_text = f"{LIMIT_OF_ALL:>3} {Holder().total_value(4, keyword_only=6)} {[item_here for item_here in range(2)]}"
 RESULT = [result_text, Holder(number_of_things=9).number_of_things]
 '''
     stripped = strip_source(program)
-    long_names = ("LIMIT_OF_ALL", "inner_sum", "closure_function", "item_here", "extra_amount", "result_text")
+    long_names = ("LIMIT_OF_ALL", "inner_sum", "closure_function", "item_here", "extra_amount", "result_text",
+                  "caught_error")
     assert not any(name in stripped for name in long_names)
     program, spaces = program.replace("RESULT", "SOURCE"), [{}, {}]
     for text, space in zip((program, strip_source(program)), spaces):
@@ -88,6 +91,15 @@ def test_packed_script_computes_the_same(tmp_path):
     tensors = {"a": torch.arange(10, dtype=torch.int8)}
     assert packed.pack_artifact(tensors, {"x": 1}) == train_gpt.pack_artifact(tensors, {"x": 1})
     assert pack_source(SOURCE) == packed.SOURCE, "the packed script must count itself, not what it unpacks to"
+
+
+def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
+    (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE))
+    for env in ({"SEED": "x", "TTT_EPOCH": "1"}, {"MODE": "eval"}, {"MODE": "collect", "RECORDS": "none.json"}):
+        said = [subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, capture_output=True, text=True,
+                               env={**env, "PATH": ""}) for folder in (ROOT, tmp_path)]
+        assert said[0].returncode == said[1].returncode == 2
+        assert said[0].stderr == said[1].stderr and said[0].stderr.startswith("train_gpt.py: ")
 
 
 def test_source_has_only_python_310_grammar():
