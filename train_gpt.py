@@ -139,7 +139,7 @@ class Config:
 
     iterations: int = _optim(20000, "optimizer steps at most", 1)
     max_wallclock_seconds: float = _optim(600.0, "budget of training, calibration and quantization; 0: ITERATIONS", 0)
-    gptq_reserve_seconds: float = _optim(12.0, "part of the budget that training leaves to quantization", 0)
+    gptq_reserve_seconds: float = _optim(30.0, "part of the budget left to calibration, GPTQ and packing", 0)
     warmup_steps: int = _optim(20, "steps that compile each looping state; their effect is thrown away", 0, 1000)
     train_log_every: int = _optim(500, "steps between two log lines (at most 30 s pass)", 1)
     val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only after the last", 0)
