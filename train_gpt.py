@@ -1019,16 +1019,21 @@ class GPT(nn.Module):
         x = self.hidden(ids).flatten(0, 1)
         return SoftcapCrossEntropy.apply(x, self.embedding, targets.flatten(), self.config.logit_softcap)
 
-    def logits(self, ids: Tensor, last: int) -> Tensor:
-        """Softcapped logits of the last `last` positions of each row: [B, T] -> [B, last, V] fp32."""
-        x = self.hidden(ids)[:, -last:]
+    def head(self, x: Tensor) -> Tensor:
+        """Softcapped logits of final states: [..., D] -> [..., V] fp32."""
         z = F.linear(x, (self.embedding / self.config.logit_softcap).to(self.dtype))
         return z.float().tanh_().mul_(self.config.logit_softcap)
 
+    def logits(self, ids: Tensor, last: int) -> Tensor:
+        """Softcapped logits of the last `last` positions of each row: [B, T] -> [B, last, V] fp32."""
+        return self.head(self.hidden(ids)[:, -last:])
+
     def nll(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Score: nats of each target [B, S] of the last S positions of ids [B, T], under the full softmax, fp32."""
-        logits = self.logits(ids, targets.size(1))
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        x, rows = self.hidden(ids)[:, -targets.size(1):].flatten(0, 1), HEAD_CHUNK_TOKENS[ids.device.type]
+        nll = [F.cross_entropy(self.head(part), target, reduction="none")
+               for part, target in zip(x.split(rows), targets.flatten().split(rows))]
+        return torch.cat(nll).view_as(targets)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -203,7 +203,6 @@ def test_log_lines_keep_the_communitys_shape(data_dir, clock):
     assert [m[5] for m in shown] == [f"{int(m[1]) * 256 / s:.0f}" for m, s in zip(shown, seconds)]
     assert {m[2] for m in shown} == {"12"}
     assert [m[3] for m in shown] == [f"{run.losses[int(m[1]) - 1]:.4f}" for m in shown]
-    assert run.result.loss == pytest.approx(run.losses[-1])
 
 
 # ---- failures and the end --------------------------------------------------------------------------------------------
@@ -258,7 +257,7 @@ with open(f"reports_{rank}.json", "w") as f:
 def two_runs(settings, clock, seconds_per_pass):
     """One run by steps, then one by the clock; what all ranks together saw, exact: the losses and steps of each."""
     reports = []
-    for more in ({"ITERATIONS": "6"}, {"ITERATIONS": "9", "MAX_WALLCLOCK_SECONDS": "16"}):
+    for more in ({"ITERATIONS": "6"}, {"ITERATIONS": "9", "MAX_WALLCLOCK_SECONDS": "16", "GPTQ_RESERVE_SECONDS": "12"}):
         losses, read = [], train_gpt.Pulse.read
 
         def watched_read(pulse, losses=losses, read=read):
@@ -272,7 +271,7 @@ def two_runs(settings, clock, seconds_per_pass):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_gpt.Pulse, "read", watched_read)
             steps = train_run(Config.from_env({**settings, **more}), tick).result.steps
-        reports.append({"losses": losses, "steps": steps})
+        reports.append({"losses": losses[1:], "steps": steps})  # the first is read before any step
     return reports
 
 
