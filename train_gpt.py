@@ -256,8 +256,12 @@ class Config:
         return Path(self.tokenizer_path or f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe.model")
 
     def non_defaults(self) -> dict[str, object]:
-        """Settings in force that differ from the defaults above: what the log and the record show."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        """Settings in force that differ from the defaults above: what the log and the record show.
+
+        Folders are left out: they change no figure, and logs are published.
+        """
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
+                if getattr(self, f.name) != f.default and not f.name.endswith(("_dir", "_path"))}
 
 
 MODEL_SETTINGS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["room"] == "model")

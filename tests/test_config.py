@@ -29,7 +29,8 @@ def test_environment_overrides_preset_overrides_default():
 
 
 def test_non_defaults_are_the_settings_in_force():
-    assert Config.from_env({"SEED": "7", "MATRIX_LR": "0.03"}).non_defaults() == {"seed": 7, "ttt_enabled": True}
+    env = {"SEED": "7", "MATRIX_LR": "0.03", "DATA_DIR": "/home/somebody", "TOKENIZER_PATH": "/home/somebody/model"}
+    assert Config.from_env(env).non_defaults() == {"seed": 7, "ttt_enabled": True}
 
 
 def test_every_setting_is_read_somewhere():
