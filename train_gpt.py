@@ -30,6 +30,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import itertools
@@ -42,14 +43,17 @@ import platform
 import random
 import re
 import resource
+import shutil
+import signal
 import string
 import struct
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,8 +91,8 @@ def setting(room, default, meaning, low=None, high=None, choices=None):
                                                         "choices": choices})
 
 
-_run, _data, _model, _optim, _quant, _eval, _collect = (
-    partial(setting, room) for room in ("run", "data", "model", "optimizer", "quantization", "evaluation", "collect"))
+_run, _data, _model, _optim, _quant, _eval, _collect = (functools.partial(setting, room) for room in (
+    "run", "data", "model", "optimizer", "quantization", "evaluation", "collect"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,9 +188,10 @@ class Config:
     ttt_grad_clip: float = _eval(1.0, "bound of the gradient norm", 0)
 
     records: str = _collect("", "records to collect, separated by spaces")
+    reference_bpb: str = _collect("", "val_bpb of the seeds of the record to beat, separated by commas")
     author: str = _collect("", "author's name for submission.json")
     github_id: str = _collect("", "author's GitHub name for submission.json")
-    submission_name: str = _collect("", "the submission's name")
+    submission_name: str = _collect("", "the submission's name: makes the folder records/<date>_<name>")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str], stored: Mapping[str, object] | None = None) -> Config:
@@ -366,6 +371,10 @@ def assignments(values: Mapping[str, object]) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+class RunStopped(RuntimeError):
+    """The run ends before its end; what it had is saved. args: (what happened, exit code)."""
+
+
 class Runtime:
     """One rank's place in the run: device, dtype, collectives and the log.
 
@@ -385,6 +394,7 @@ class Runtime:
         self.micro_batch_tokens = config.micro_batch_tokens or (98304 if on_gpu else 4096)
         self.attention = choose_attention(config.attention, on_gpu)
         self.start, self.log_file = time.perf_counter(), None
+        self.stop_signal, self.in_training = 0, False
         if on_gpu:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
@@ -400,6 +410,16 @@ class Runtime:
     def main(self) -> bool:
         """Whether this is rank 0, the one that logs and writes files."""
         return self.rank == 0
+
+    def catch_signals(self):
+        """Let SIGTERM and SIGINT end the run in order: training after the step under way, anything else at once."""
+        def on_signal(number: int, _frame):
+            self.stop_signal = number
+            if not self.in_training:
+                raise RunStopped(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, on_signal)
 
     def open_log(self, path: Path):
         """Start rank 0's log file."""
@@ -680,7 +700,8 @@ class TrainData:
 class ValidationData:
     """The whole validation split, with the byte count of every target.
 
-    tokens: int32 [N + 1] on the device; target p is token p + 1, so there are N = `targets` of them.
+    tokens: int32 [N + 1] on the device; target p is token p + 1, so there are N = `targets` of them. `left_out` more
+    are not scored (EVAL_DROP_TAIL). sha256 is that of all shards' tokens, uint16, in order.
     """
 
     def __init__(self, config: Config, rt: Runtime, sp: spm.SentencePieceProcessor):
@@ -689,13 +710,15 @@ class ValidationData:
         shards = [open_shard(path) for path in files]
         for path, shard in zip(files, shards):
             check_tokens(path, shard, config.vocab_size)
-        tokens = np.concatenate(shards).astype(np.int32)
+        tokens = np.concatenate(shards)
+        self.sha256 = sha256(tokens.tobytes())
+        tokens = tokens.astype(np.int32)
         targets, window = len(tokens) - 1, config.eval_seq_len
         if targets < window:
             raise UsageError(f"the validation split in {config.shard_dir} has {targets} targets, less than one window "
                              f"(EVAL_SEQ_LEN={window})")
-        if config.eval_drop_tail:
-            targets = targets // window * window
+        self.left_out = targets % window if config.eval_drop_tail else 0
+        targets -= self.left_out
         host = torch.from_numpy(tokens[:targets + 1])
         base_bytes, has_leading_space, is_boundary = build_byte_luts(sp, config.vocab_size)
         previous, target = host[:-1], host[1:]
@@ -706,6 +729,11 @@ class ValidationData:
     def bits_per_byte(self, total_nats: float) -> float:
         """Convert the summed negative log-likelihood of all targets."""
         return total_nats / math.log(2) / self.bytes
+
+
+def sha256(data: bytes) -> str:
+    """Hexadecimal SHA-256."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def write_shard(path: Path, tokens: np.ndarray):
@@ -1121,13 +1149,16 @@ class Optimizer:
             bank.data.mul_(1 - lr * self.config.muon_wd).add_(update[:len(bank)], alpha=-lr * scale)
 
     def clip(self, slices: list[Tensor]):
-        """Bound the norm of the averaged gradient of all weights."""
-        if self.config.grad_clip_norm:
-            square = sum(s.square().sum() for s in slices)
-            self.rt.all_reduce(square)
-            total = (square + self.small_grads.square().sum()).sqrt()
-            factor = (self.config.grad_clip_norm / (total + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_([*slices, self.small_grads], factor)
+        """Bound the norm of the averaged gradient of all weights; one that is not finite becomes zero.
+
+        So the weights are still those of the last good step when the loop, a step later, learns that the loss is not.
+        """
+        square = sum(s.square().sum() for s in slices)
+        self.rt.all_reduce(square)
+        total = (square + self.small_grads.square().sum()).sqrt()
+        factor = ((self.config.grad_clip_norm or math.inf) / (total + 1e-6)).clamp(max=1.0).nan_to_num_(0.0)
+        for grad in (*slices, self.small_grads):
+            grad.mul_(factor).nan_to_num_(0.0, 0.0, 0.0)
 
     def muon_update(self, grad: Tensor, buffer: Tensor, whole: Tensor, momentum: float):
         """Orthogonalize the own slice's Nesterov momentum; return all slices' updates and the gathering under way."""
@@ -1176,7 +1207,7 @@ class WeightAverage:
 
 
 class Pulse:
-    """What all ranks must agree on, once a step: the mean loss and rank 0's clock.
+    """What all ranks must agree on, once a step: the mean loss, rank 0's clock, and whether a signal came.
 
     The sum over ranks is sent before the optimizer's work and read after it, when it has long arrived: no step waits
     for the device, and the host is never more than one step ahead.
@@ -1185,20 +1216,20 @@ class Pulse:
     def __init__(self, rt: Runtime):
         """Allocate the host's copy."""
         self.rt, on_gpu = rt, rt.device.type == "cuda"
-        self.host = torch.zeros(2, pin_memory=on_gpu)
+        self.host = torch.zeros(3, pin_memory=on_gpu)
         self.arrived = torch.cuda.Event() if on_gpu else None
 
     def send(self, loss: Tensor, seconds: float):
-        """Begin to share this step's loss and clock."""
-        clock = torch.full((), seconds if self.rt.main else 0.0, device=self.rt.device)
-        values = torch.stack([loss / self.rt.world, clock])
+        """Begin to share this step's loss, the clock and the signal."""
+        own = (seconds if self.rt.main else 0.0, float(self.rt.stop_signal))
+        values = torch.stack([loss / self.rt.world, *(torch.full((), x, device=self.rt.device) for x in own)])
         self.rt.all_reduce(values)
         self.host.copy_(values, non_blocking=True)
         if self.arrived:
             self.arrived.record()
 
-    def read(self) -> tuple[float, float]:
-        """Return (mean loss in nats, seconds) of the last step sent."""
+    def read(self) -> tuple[float, float, float]:
+        """Return (mean loss in nats, seconds, not 0 if any rank was told to stop) of the last step sent."""
         if self.arrived:
             self.arrived.synchronize()
         return tuple(self.host.tolist())
@@ -1245,15 +1276,19 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
     """Train until ITERATIONS or the budget is used up; the model ends with the averaged weights and its loops on.
 
     `validate` scores the validation split and returns the line to log; the clock stands still meanwhile.
-    Raises FloatingPointError that names the step if the loss is not finite.
+    Raises RunStopped that names the step if the loss is not finite or a signal came; the model then has its last good
+    weights.
     """
     budget = config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else None
     optimizer, average, pulse = Optimizer(config, rt, model), WeightAverage(model, config.ema_decay), Pulse(rt)
     paused, begin, shown, step = 0.0, rt.clock(), 0.0, 0
+    rt.in_training = True
     while True:
-        loss, seconds = pulse.read()  # zeros before the first step
+        loss, seconds, stop = pulse.read()  # zeros before the first step
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the training loss is {loss} at step {step}: lower the learning rates")
+            raise RunStopped(f"the training loss is {loss} at step {step}: lower the learning rates", 1)
+        if stop:
+            raise RunStopped(f"stopped by a signal after step {step}", 128 + int(rt.stop_signal or signal.SIGTERM))
         if step and (step <= 5 or step % config.train_log_every == 0 or seconds - shown > 30):
             shown = seconds
             rt.log(f"{step}/{config.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m "
@@ -1277,6 +1312,7 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
         if config.ema_decay:
             average.update()
         step += 1
+    rt.in_training = False
     seconds = rt.clock() - begin - paused
     if step < config.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time: {seconds * 1000:.0f}ms step: {step}/{config.iterations}")
@@ -1546,6 +1582,8 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
                 plain = dequantize(integers, scale)
             if plain is None or plain.shape != p.shape:
                 raise ArtifactError(f"the artifact has no {name} of shape {list(p.shape)}: it is another model's")
+            if not plain.isfinite().all():
+                raise ArtifactError(f"the artifact's {name} holds values that are not finite")
             p.copy_(plain)
     if left:
         raise ArtifactError(f"the artifact has {', '.join(left)}, which this model has not")
@@ -1569,12 +1607,21 @@ class Scores:
         self.rt, self.val, self.begin = rt, val, rt.clock()
         self.nll = torch.zeros(val.targets + 1, dtype=torch.float64, device=rt.device)
         self.times_scored = torch.zeros(val.targets + 1, dtype=torch.int32, device=rt.device)
+        self.released, self.early = 0, torch.zeros((), dtype=torch.int64, device=rt.device)
 
     def add(self, positions: Tensor, nll: Tensor):
         """Enter the scores of target positions (both [B, S]); a position beyond the split is padding."""
         positions = positions.clamp(max=self.val.targets).flatten()
         self.nll.index_add_(0, positions, nll.flatten().double())
         self.times_scored.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
+
+    def release(self, begin: int, end: int) -> Tensor:
+        """Hand out targets [begin, end) for training, as tokens [begin, end]; count those not yet scored as `early`."""
+        times = self.times_scored[begin:end].clone()
+        self.rt.all_reduce(times)
+        self.released += end - begin
+        self.early += (times != 1).sum()
+        return self.val.tokens[begin:end + 1]
 
     def finish(self) -> dict[str, float]:
         """Join the ranks' scores -> {val_loss (nats per token), val_bpb, seconds}; `nll` then holds all of them."""
@@ -1600,6 +1647,11 @@ def windows(config: Config, targets: int, stride: int) -> list[tuple[int, int]]:
     return [(0, length), *((start, stride) for start in range(stride, targets - length + stride, stride))]
 
 
+def windows_at_once(config: Config, rt: Runtime) -> int:
+    """Windows of one scoring pass on one rank."""
+    return max(1, min(config.val_batch_tokens, rt.micro_batch_tokens) // config.eval_seq_len)
+
+
 @torch.no_grad()
 def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores, chosen: list[tuple[int, int]],
                   progress: Progress | None = None):
@@ -1609,7 +1661,7 @@ def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores,
     Shapes are static: a batch is filled up with windows that lie beyond the split, and so does not count.
     """
     length, val = config.eval_seq_len, scores.val
-    batch = max(1, min(config.val_batch_tokens, rt.micro_batch_tokens) // length)
+    batch = windows_at_once(config, rt)
     mine = [chosen[i] for i in rt.share(len(chosen))]
     for count in sorted({count for _, count in mine}, reverse=True):
         starts = [start for start, n in mine if n == count]
@@ -1652,7 +1704,7 @@ def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll
         if number + 1 < chunks:
             cosine = 0.5 * (1 + math.cos(math.pi * number / max(chunks - 1, 1)))
             optimizer.param_groups[0]["lr"] = config.ttt_lr * cosine
-            adapt(config, rt, loss_fn, optimizer, grads, val.tokens[number * chunk:(number + 1) * chunk + 1])
+            adapt(config, rt, loss_fn, optimizer, grads, scores.release(number * chunk, (number + 1) * chunk))
         progress.at(number + 1)
     return scores
 
@@ -1681,9 +1733,133 @@ def adapt(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim
 # ----------------------------------------------------------------------------------------------------------------------
 
 PACKED_FIRST_LINE = b"#coding:latin1\n"
+TRAIN_LIMIT_SECONDS = EVAL_LIMIT_SECONDS = 600
+
+
+class Record:
+    """What a run reports: logs/<RUN_ID>.json, rewritten whole after every stage, so that no figure is ever lost.
+
+    It is the one source of figures: submission.json and the README's table are made from records alone.
+    """
+
+    STAGES = ("prequant", "quantized", "sliding", "ttt")
+    MEASURED = ("steps", "train_seconds", "calibration_seconds", "quantize_seconds", "step_ms", "tokens_per_second",
+                "peak_memory_mib", "val_tokens", "val_bytes", "val_sha256", *STAGES, "artifact_bytes", "code_bytes",
+                "total_bytes", "artifact_sha256", "code_sha256", "eval_seconds", "stopped", "compliant")
+
+    def __enter__(self) -> Record:
+        """Keep the record of a run that may end early."""
+        return self
+
+    def __exit__(self, kind, error, trace):
+        """Enter why the run ended early."""
+        if error:
+            self.rt.log(f"stopped: {error!r}")
+            self.set(stopped=repr(error))
+
+    def __init__(self, config: Config, rt: Runtime, run_id: str):
+        """Begin the record with what is known before any work; everything not yet measured is null."""
+        self.rt, self.path = rt, Path(config.log_dir) / f"{run_id}.json"
+        self.data = {
+            "run_id": run_id, "mode": config.mode, "preset": config.preset, "seed": config.seed,
+            "settings": config.non_defaults(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "hardware": rt.hardware(), "world_size": rt.world, "python": platform.python_version(),
+            "torch": torch.__version__, "attention_backend": rt.attention, "source_sha256": sha256(SOURCE),
+            **dict.fromkeys(self.MEASURED), "checks": []}
+
+    def set(self, **values):
+        """Enter figures and write the file."""
+        self.data.update(values)
+        if self.rt.main:
+            write_file(self.path, (json.dumps(self.data, indent=2) + "\n").encode())
+
+    def check(self, name: str, ok: bool, detail: str):
+        """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
+        self.data["checks"].append({"name": name, "ok": bool(ok), "detail": detail})
+        self.rt.log(f"check {name}: {'ok' if ok else 'FAILED'} ({detail})")
+
+    def stage(self, name: str, label: str, scores: Scores):
+        """Log and enter a finished evaluation, and check that it scored every target once."""
+        result = scores.finish()
+        self.rt.log(f"{label} {score_line(result)}")
+        self.check(f"single_pass_{name}", scores.single_pass(),
+                   f"{int((scores.times_scored == 1).sum())} of {scores.val.targets} targets scored exactly once")
+        if scores.released:
+            self.check(f"score_before_update_{name}", not scores.early,
+                       f"{scores.released} targets trained on, {int(scores.early)} of them without a final score")
+        self.set(**{name: result})
+
+
+def score_line(result: Mapping[str, float]) -> str:
+    """An evaluation in the log's community form."""
+    return (f"val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} "
+            f"eval_time:{result['seconds'] * 1000:.0f}ms")
+
+
+def check_byte_count(record: Record, config: Config, val: ValidationData, sp: spm.SentencePieceProcessor,
+                     most_tokens: int = 2_000_000):
+    """Hold the byte tables against the decoded text, document by document; spread samples of a large split."""
+    tokens = val.tokens.cpu().numpy()
+    starts = np.flatnonzero(tokens == sp.bos_id())
+    ends = np.append(starts[1:], len(tokens))
+    every = -(-len(tokens) // most_tokens)
+    totals = np.concatenate([[0], np.cumsum(val.target_bytes.numpy())])  # bytes of the targets before p
+    # EVAL_DROP_TAIL may cut the last document inside a character, which then decodes to something else.
+    documents = list(zip(starts, ends))[:len(starts) - config.eval_drop_tail:every]
+    wrong = [int(begin) for begin, end in documents
+             if totals[end - 1] - totals[begin] != len(sp.decode(tokens[begin:end].tolist()).encode("utf-8"))]
+    record.check("byte_count", documents and not wrong,
+                 f"{len(documents)} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables"
+                 + (f", first at token {wrong[0]}" if wrong else ""))
+
+
+@torch.no_grad()
+def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, val: ValidationData):
+    """Show on the spot, through the scoring functions themselves, that a score is causal and normalized."""
+    half, rows, vocab = config.eval_seq_len // 2, windows_at_once(config, record.rt), config.vocab_size
+    tokens = val.tokens[:config.eval_seq_len + 1].long().expand(rows, -1)
+    changed = torch.cat((tokens[:, :half], (tokens[:, half:] + 1) % vocab), 1)
+    same = torch.eq(*(nll_fn(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in (tokens, changed)))
+    before, after = int(same[:, :half - 1].sum()), int(same[:, half:].sum())
+    record.check("causal", before == rows * (half - 1) and after < rows,
+                 f"other tokens from {half} on: {before} of {rows * (half - 1)} scores before them are the same to the "
+                 f"last bit, {after} of those after them")
+    candidates = torch.arange(vocab, device=tokens.device)[:, None].split(max(1, record.rt.micro_batch_tokens // 9))
+    mass = 0.0
+    for c in candidates:  # each is the target of the last place but one, and stands in the input after it
+        ids = torch.cat((tokens[0, :8].expand(len(c), -1), c), 1)
+        mass += float(model.nll(ids, c.expand(-1, 2))[:, 0].neg().exp().sum())
+    record.check("normalized", abs(mass - 1) < 1e-3,
+                 f"the probabilities of all {vocab} tokens at one place add up to {mass:.7f}")
+
+
+def final_checks(record: Record, val: ValidationData):
+    """Hold the run against the contest's limits and fill in `compliant`."""
+    data = record.data
+    if data["train_seconds"] is not None:
+        used = data["train_seconds"] + data["calibration_seconds"] + data["quantize_seconds"]
+        record.check("train_seconds", used <= TRAIN_LIMIT_SECONDS,
+                     f"training {data['train_seconds']:.1f} + calibration {data['calibration_seconds']:.1f} + "
+                     f"quantization {data['quantize_seconds']:.1f} = {used:.1f} s of {TRAIN_LIMIT_SECONDS}")
+    record.check("eval_seconds", data["eval_seconds"] <= EVAL_LIMIT_SECONDS,
+                 f"{data['eval_seconds']:.1f} s of {EVAL_LIMIT_SECONDS}")
+    record.check("total_bytes", data["total_bytes"] <= SUBMISSION_CAP_BYTES,
+                 f"code {data['code_bytes']} + artifact {data['artifact_bytes']} = {data['total_bytes']} bytes "
+                 f"of {SUBMISSION_CAP_BYTES}")
+    record.check("full_split", not val.left_out, f"{val.left_out} targets at the end of the split are not scored")
+    record.set(compliant=all(check["ok"] for check in data["checks"]))
+    record.rt.log(f"compliant: {data['compliant']}")
+
+
+def pack_source(source: bytes) -> bytes:
+    """The packed script of a source; a packed script is returned as it is."""
+    return source if source.startswith(PACKED_FIRST_LINE) else compress_source(source)
+
+
+# -- workshop: what makes packed scripts and submissions; a packed script does without what stands between the marks --
+
 PUBLIC_NAMES = {"Config", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact", "SOURCE",
                 "main", "__file__", "__name__"}
-TRAIN_LIMIT_SECONDS = EVAL_LIMIT_SECONDS = 600
 
 
 class SourceStripper(ast.NodeTransformer):
@@ -1736,20 +1912,24 @@ def shorten_names(tree: ast.Module):
 
 
 def strip_source(source: str) -> str:
-    """Return the same program for counting bytes: nothing for readers, short names, one space of indentation."""
-    tree = SourceStripper().visit(ast.parse(source))
+    """Return the same program for counting bytes: nothing for readers, short names, one space of indentation.
+
+    What stands between the marks of the workshop is left out.
+    """
+    tree = SourceStripper().visit(ast.parse(re.sub(r"(?ms)^# -- workshop.*^# -- end of the workshop", "#", source)))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    tree.body = [node for node in tree.body if not isinstance(node, ast.Import) or
+                 (node.names[0].asname or node.names[0].name).split(".")[0] in used]
     shorten_names(tree)
     return re.sub(r"(?m)^( {4})+", lambda indent: " " * (len(indent[0]) // 4), ast.unparse(tree))
 
 
-def pack_source(source: bytes) -> bytes:
+@functools.cache
+def compress_source(source: bytes) -> bytes:
     """Make the packed script of the readable one: stripped, Brotli-compressed, in a Latin-1 literal; deterministic.
 
-    A packed script is returned as it is: packing it again could only make it longer. The unpacked source is registered
-    with linecache, for whoever inspects the running code.
+    The unpacked source is registered with linecache, for whoever inspects the running code.
     """
-    if source.startswith(PACKED_FIRST_LINE):
-        return source
     packed = brotli.compress(strip_source(source.decode()).encode(), quality=11, lgwin=24)
     literal = packed.decode("latin1").replace("\\", r"\\").replace("\r", r"\r").replace('"', r"\"")
     literal = re.sub("\0(?=[0-7])", r"\\x00", literal).replace("\0", r"\0")
@@ -1758,103 +1938,19 @@ def pack_source(source: bytes) -> bytes:
     return PACKED_FIRST_LINE + program.encode("latin1")
 
 
-def sha256(data: bytes) -> str:
-    """Hexadecimal SHA-256."""
-    return hashlib.sha256(data).hexdigest()
-
-
-class Record:
-    """What a run reports: logs/<RUN_ID>.json, rewritten whole after every stage, so that no figure is ever lost.
-
-    It is the one source of figures: submission.json and the README's table are made from records alone.
-    """
-
-    STAGES = ("prequant", "quantized", "sliding", "ttt")
-
-    def __init__(self, config: Config, rt: Runtime, run_id: str):
-        """Begin the record with what is known before any work; everything not yet measured is null."""
-        self.rt, self.path = rt, Path(config.log_dir) / f"{run_id}.json"
-        self.data = {
-            "run_id": run_id, "mode": config.mode, "preset": config.preset, "seed": config.seed,
-            "settings": config.non_defaults(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "hardware": rt.hardware(), "world_size": rt.world, "python": platform.python_version(),
-            "torch": torch.__version__, "attention_backend": rt.attention, "source_sha256": sha256(SOURCE),
-            **dict.fromkeys(("steps", "train_seconds", "calibration_seconds", "quantize_seconds", "step_ms",
-                             "tokens_per_second", "peak_memory_mib", "val_tokens", "val_bytes", *self.STAGES,
-                             "artifact_bytes", "code_bytes", "total_bytes", "artifact_sha256", "code_sha256",
-                             "eval_seconds", "compliant")),
-            "checks": []}
-
-    def set(self, **values):
-        """Enter figures and write the file."""
-        self.data.update(values)
-        if self.rt.main:
-            write_file(self.path, (json.dumps(self.data, indent=2) + "\n").encode())
-
-    def check(self, name: str, ok: bool, detail: str):
-        """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
-        self.data["checks"].append({"name": name, "ok": bool(ok), "detail": detail})
-        self.rt.log(f"check {name}: {'ok' if ok else 'FAILED'} ({detail})")
-
-    def stage(self, name: str, label: str, scores: Scores):
-        """Log and enter a finished evaluation, and check that it scored every target once."""
-        result = scores.finish()
-        self.rt.log(f"{label} {score_line(result)}")
-        self.check(f"single_pass_{name}", scores.single_pass(),
-                   f"{int((scores.times_scored == 1).sum())} of {scores.val.targets} targets scored exactly once")
-        self.set(**{name: result})
-
-
-def score_line(result: Mapping[str, float]) -> str:
-    """An evaluation in the log's community form."""
-    return (f"val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} "
-            f"eval_time:{result['seconds'] * 1000:.0f}ms")
-
-
-def check_byte_count(record: Record, config: Config, val: ValidationData, sp: spm.SentencePieceProcessor,
-                     most_tokens: int = 2_000_000):
-    """Hold the byte tables against the decoded text, document by document; spread samples of a large split."""
-    tokens = val.tokens.cpu().numpy()
-    starts = np.flatnonzero(tokens == sp.bos_id())
-    ends = np.append(starts[1:], len(tokens))
-    every = -(-len(tokens) // most_tokens)
-    totals = np.concatenate([[0], np.cumsum(val.target_bytes.numpy())])  # bytes of the targets before p
-    # EVAL_DROP_TAIL may cut the last document inside a character, which then decodes to something else.
-    documents = list(zip(starts, ends))[:len(starts) - config.eval_drop_tail:every]
-    wrong = [int(begin) for begin, end in documents
-             if totals[end - 1] - totals[begin] != len(sp.decode(tokens[begin:end].tolist()).encode("utf-8"))]
-    record.check("byte_count", documents and not wrong,
-                 f"{len(documents)} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables"
-                 + (f", first at token {wrong[0]}" if wrong else ""))
-
-
-def final_checks(record: Record, config: Config):
-    """Hold the run against the contest's limits and fill in `compliant`."""
-    data = record.data
-    if data["train_seconds"] is not None:
-        used = data["train_seconds"] + data["calibration_seconds"] + data["quantize_seconds"]
-        record.check("train_seconds", used <= TRAIN_LIMIT_SECONDS,
-                     f"training {data['train_seconds']:.1f} + calibration {data['calibration_seconds']:.1f} + "
-                     f"quantization {data['quantize_seconds']:.1f} = {used:.1f} s of {TRAIN_LIMIT_SECONDS}")
-    record.check("eval_seconds", data["eval_seconds"] <= EVAL_LIMIT_SECONDS,
-                 f"{data['eval_seconds']:.1f} s of {EVAL_LIMIT_SECONDS}")
-    record.check("total_bytes", data["total_bytes"] <= SUBMISSION_CAP_BYTES,
-                 f"code {data['code_bytes']} + artifact {data['artifact_bytes']} = {data['total_bytes']} bytes "
-                 f"of {SUBMISSION_CAP_BYTES}")
-    record.check("full_split", not config.eval_drop_tail,
-                 "the last partial window is left out" if config.eval_drop_tail else "the tail is scored")
-    record.set(compliant=all(check["ok"] for check in data["checks"]))
-    record.rt.log(f"compliant: {data['compliant']}")
+def final_score(record: Mapping[str, object]) -> dict[str, float]:
+    """The stage that counts: the last that was scored from the artifact."""
+    return record["ttt"] or record["sliding"] or record["quantized"]
 
 
 def results_table(records: list[dict]) -> str:
-    """The README's table of records, Markdown; the hardware and the data are named in every row."""
+    """The README's table of records, best first, Markdown; the hardware and the data are named in every row."""
     def bpb(record, stage):
         return f"{record[stage]['val_bpb']:.4f}" if record[stage] else "-"
 
     rows = ["| run | hardware | validation tokens | steps | tok/s | prequant | quantized | sliding | TTT | bytes |",
             "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for r in records:
+    for r in sorted(records, key=lambda r: (final_score(r) or {"val_bpb": math.inf})["val_bpb"]):
         cells = [r[key] for key in ("run_id", "hardware", "val_tokens", "steps", "tokens_per_second")]
         cells += [*(bpb(r, stage) for stage in Record.STAGES), r["total_bytes"]]
         rows.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in cells)} |")
@@ -1866,41 +1962,161 @@ def is_contest_run(record: Mapping[str, object]) -> bool:
     return bool("8x NVIDIA H100" in record["hardware"] and record["val_tokens"] > 40_000_000 and record["compliant"])
 
 
-def collect(config: Config):
-    """MODE=collect: make ./submission.json and the README's table from RECORDS; null where nothing was measured.
+def welch_test(ours: list[float], reference: list[float], margin: float) -> dict[str, object]:
+    """Test whether `ours` lies below `reference` by more than `margin`, without assuming equal variances (Welch 1947).
 
-    Only records of contest runs (8xH100, the full split, all checks passed) may fill the contest's figures; all others
-    stand under `rehearsals`. Raises UsageError for a record that is missing or unreadable.
+    All in nats per token. The p-value is one-sided, P(T > t) of Student's distribution, whose density in
+    theta = atan(T / sqrt(df)) is proportional to cos(theta)^(df - 1).
     """
+    parts = [np.var(x, ddof=1) / len(x) for x in (ours, reference)]
+    gain, error = float(np.mean(reference) - np.mean(ours)), max(math.sqrt(sum(parts)), 1e-12)
+    t = (gain - margin) / error
+    df = max(sum(parts), 1e-24) ** 2 / max(sum(v * v / (len(x) - 1) for v, x in zip(parts, (ours, reference))), 1e-48)
+    theta = np.linspace(-math.pi / 2, math.pi / 2, 200_001)
+    density = np.cos(theta).clip(0) ** (df - 1)
+    p = float(density[theta > math.atan(t / math.sqrt(df))].sum() / density.sum())
+    return {"gain_nats_per_token": gain, "required": margin, "t": t, "degrees_of_freedom": df, "p_value": p,
+            "significant": p < 0.01}
+
+
+def read_records(config: Config) -> list[dict]:
+    """Read the records that RECORDS names; raise UsageError for one that is missing or no record."""
     records = []
     for path in map(Path, config.records.split()):
         try:
             records.append(json.loads(path.read_text(encoding="utf-8")))
+            missing = {"checks", "settings", *Record.MEASURED} - set(records[-1])
+            if missing:
+                raise ValueError(f"without {', '.join(sorted(missing))}")
             results_table(records[-1:])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"RECORDS: {path} is no record of a run ({error!r})") from error
     if not records:
         raise UsageError("MODE=collect needs RECORDS=\"logs/a.json logs/b.json ...\"")
-    counted = [r for r in records if is_contest_run(r)]
-    scores = {r["seed"]: (r["ttt"] or r["sliding"] or r["quantized"]) for r in counted}
-    mean = sum(s["val_bpb"] for s in scores.values()) / len(scores) if scores else None
-    rehearsed = ("run_id", "hardware", "val_tokens", *Record.STAGES, "total_bytes", "compliant")
-    submission = {
+    return records
+
+
+def check_alike(records: list[dict]):
+    """Raise UsageError unless the records are finished runs of one system that differ by nothing but the seed."""
+    for r in records:
+        if r["compliant"] is None:
+            raise UsageError(f"{r['run_id']} did not reach its end (stopped: {r['stopped']})")
+        for key in ("mode", "preset", "settings", "source_sha256", "code_sha256", "val_sha256", "hardware", "torch"):
+            mine, first = ({k: v for k, v in x[key].items() if k not in ("seed", "run_id")} if key == "settings"
+                           else x[key] for x in (r, records[0]))
+            if mine != first:
+                raise UsageError(f"{r['run_id']} and {records[0]['run_id']} cannot make one submission: {key} differs "
+                                 f"({mine} and {first})")
+    if len({r["seed"] for r in records}) < len(records):
+        raise UsageError("two of the records have the same seed: one of them would be picked, or counted twice")
+
+
+def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
+    """The contest's submission.json from alike records; null for what only 8xH100 with FineWeb can measure."""
+    contest = all(map(is_contest_run, records))
+    scores = {str(r["seed"]): final_score(r) for r in records}
+    bpb, nats = ([score[key] for score in scores.values()] for key in ("val_bpb", "val_loss"))
+    first, several = records[0], len(records) > 1
+    try:
+        reference = [float(x) * nats[0] / bpb[0] for x in config.reference_bpb.split(",") if x]
+    except ValueError as error:
+        raise UsageError(f"REFERENCE_BPB={config.reference_bpb!r}: numbers separated by commas, please") from error
+    if reference and (len(reference) < 2 or not several):
+        raise UsageError("REFERENCE_BPB needs two or more numbers, and two or more records: spreads are compared")
+    passed = {check["name"]: all(c["ok"] for r in records for c in r["checks"] if c["name"] == check["name"])
+              for check in first["checks"]}
+    figures = {
+        "val_bpb": float(np.mean(bpb)), "val_bpb_std": float(np.std(bpb, ddof=1)) if several else None,
+        "val_loss": float(np.mean(nats)), "val_loss_std": float(np.std(nats, ddof=1)) if several else None,
+        "seed_results": {str(r["seed"]): {**final_score(r), "artifact_bytes": r["artifact_bytes"],
+                                          "total_bytes": r["total_bytes"]} for r in records},
+        "bytes_total": max(r["total_bytes"] for r in records), "bytes_code": max(r["code_bytes"] for r in records),
+        "hardware": first["hardware"],
+        "compliance": {**passed, "three_seeds": len(records) >= 3, "all": all(r["compliant"] for r in records)},
+        "significance": welch_test(nats, reference, 0.005) if reference else None}
+    return {
         "author": config.author or None, "github_id": config.github_id or None, "name": config.submission_name or None,
-        "date": max(r["date"] for r in records), "val_bpb": mean,
-        "val_loss": sum(s["val_loss"] for s in scores.values()) / len(scores) if scores else None,
-        "bytes_total": max((r["total_bytes"] for r in counted), default=None),
-        "bytes_code": max((r["code_bytes"] for r in counted), default=None),
-        "hardware": counted[0]["hardware"] if counted else None,
-        "seeds": {str(seed): score for seed, score in scores.items()} or None,
-        "rehearsals": [{key: r[key] for key in rehearsed} for r in records if r not in counted]}
-    write_file(Path("submission.json"), (json.dumps(submission, indent=2) + "\n").encode())
+        "date": max(r["date"] for r in records)[:10], "track": "10min_16mb", "seeds": [r["seed"] for r in records],
+        **(figures if contest else dict.fromkeys(figures)), "python_version": first["python"],
+        "pytorch_version": first["torch"], "technique_summary": f"{first['preset']}: {assignments(first['settings'])}",
+        "code_sha256": first["code_sha256"], "val_sha256": first["val_sha256"],
+        "rehearsal": None if contest else figures}
+
+
+def write_submission_folder(config: Config, records: list[dict], submission: Mapping[str, object]) -> Path:
+    """Copy what a pull request needs to records/<date>_<name>/ and check there that it is what was measured."""
+    folder = Path("records") / f"{submission['date']}_{re.sub(r'[^A-Za-z0-9.-]+', '-', config.submission_name)}"
+    made = Path(config.out_dir) / "train_gpt.py"
+    codes = [pack_source(SOURCE), *([made.read_bytes()] if made.is_file() else [])]
+    code = next((c for c in codes if sha256(c) == submission["code_sha256"]), None)
+    if code is None:
+        raise UsageError(f"the records were made by other code: neither this script nor {made} packs to SHA-256 "
+                         f"{submission['code_sha256']}")
+    checks = "\n".join(f"- {r['run_id']}: {c['name']} {'ok' if c['ok'] else 'FAILED'} ({c['detail']})"
+                       for r in records for c in r["checks"])
+    readme = (f"# {config.submission_name}\n\n{results_table(records)}\n\nMade from the records beside this file, by "
+              f"`MODE=collect`. Run again:\n\n    {assignments(records[0]['settings'])} torchrun --standalone "
+              f"--nproc_per_node={records[0]['world_size']} train_gpt.py\n\n## Checks\n\n{checks}\n")
+    files = {"train_gpt.py": code, "README.md": readme.encode(),
+             "submission.json": (json.dumps(submission, indent=2) + "\n").encode()}
+    for path, record in zip(map(Path, config.records.split()), records):
+        log = path.with_suffix(".txt")
+        said = log.read_text(encoding="utf-8") if log.is_file() else ""
+        if not all(score_line(record[stage]) in said for stage in Record.STAGES if record[stage]):
+            raise UsageError(f"{log} does not say what {path} says: a submission needs both, as the run wrote them")
+        files.update({p.name: p.read_bytes() for p in (path, log)})
+    for name, data in files.items():
+        write_file(folder / name, data)
+    with tempfile.TemporaryDirectory() as other:
+        subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL,
+                       env={**os.environ, "MODE": "pack", "OUT_DIR": other})
+        if Path(other, "train_gpt.py").read_bytes() != (folder / "train_gpt.py").read_bytes():
+            raise UsageError(f"{folder}/train_gpt.py does not pack to itself")
+    return folder
+
+
+def draw_runs(config: Config, records: list[dict]):
+    """Draw loss over time and the stages' bits per byte to LOG_DIR/results.png, if matplotlib is there."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install matplotlib)")
+        return
+    losses, stages = (figure := Figure((10, 3.5), layout="constrained")).subplots(1, 2)
+    for record, path in zip(records, config.records.split()):
+        log = Path(path).with_suffix(".txt")
+        lines = re.findall(r"train_loss: (\S+) train_time: (\S+)m", log.read_text() if log.is_file() else "")
+        losses.plot([float(t) for _, t in lines], [float(x) for x, _ in lines], label=record["run_id"])
+        scored = {stage: record[stage]["val_bpb"] for stage in Record.STAGES if record[stage]}
+        stages.plot(list(scored), list(scored.values()), "o-", label=record["run_id"])
+    losses.set(xlabel="minutes of training", ylabel="training loss, nats per token")
+    stages.set(ylabel="validation bits per byte")
+    losses.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120)
+    write_file(Path(config.log_dir) / "results.png", picture.getvalue())
+
+
+def collect(config: Config):
+    """MODE=collect: the table of any RECORDS; submission.json, README and records/ from those of one system.
+
+    Raises UsageError for what is no record and, once the table is printed, for records that cannot stand together.
+    """
+    records = read_records(config)
     table, readme = results_table(records), Path("README.md")
+    print(table)
+    draw_runs(config, records)
+    check_alike(records)
+    submission = make_submission(config, records)
+    write_file(Path("submission.json"), (json.dumps(submission, indent=2) + "\n").encode())
     marked = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
     if readme.is_file() and marked.search(text := readme.read_text(encoding="utf-8")):
         write_file(readme, marked.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text).encode())
-    print(table)
+    if config.submission_name:
+        print(f"{write_submission_folder(config, records, submission)}: ready for a pull request")
 
+
+# -- end of the workshop ---------------------------------------------------------------------------------------------
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 11. main: the pipeline
@@ -1918,37 +2134,57 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
     for key in ("run_id", "mode", "preset", "hardware", "world_size", "python", "torch", "attention_backend",
                 "source_sha256"):
         rt.log(f"{key}: {record.data[key]}")
-    rt.log(f"settings: {assignments(config.non_defaults())}")
-    record.set(val_tokens=val.targets, val_bytes=val.bytes)
+    rt.log(f"settings: {assignments(config.non_defaults())}\nval_sha256: {val.sha256}")
+    record.set(val_tokens=val.targets, val_bytes=val.bytes, val_sha256=val.sha256)
     return record
+
+
+def check_folders(config: Config, rt: Runtime):
+    """Raise UsageError unless what the run will write can be written."""
+    with rt.agree():
+        for name, megabytes in (("OUT_DIR", 500), ("LOG_DIR", 1)) if rt.main else ():
+            folder = Path(getattr(config, name.lower())).absolute()
+            there = next(path for path in (folder, *folder.parents) if path.exists())
+            try:
+                with tempfile.TemporaryFile(dir=there):
+                    free = shutil.disk_usage(there).free >> 20
+            except OSError as error:
+                raise UsageError(f"{name}={folder} cannot be written to: {error}") from error
+            if free < megabytes:
+                raise UsageError(f"{name}={folder} has {free} MB left, the run may write {megabytes} MB")
 
 
 def run_training(config: Config, rt: Runtime):
     """MODE=train: train, quantize, pack, then score what was packed."""
+    check_folders(config, rt)
     with rt.agree():  # nobody looks for the corpus before it is written
         if config.corpus == "embedded" and rt.main:
             write_embedded_corpus(config)
     sp = load_tokenizer(config)
     val, data = ValidationData(config, rt, sp), TrainData(config, rt)
-    record = begin(config, rt, val)
-    check_byte_count(record, config, val, sp)
-    model = GPT(config).to_compute(rt)
-    rt.log(f"model_params: {sum(p.numel() for p in model.parameters())}")
-    nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
+    with begin(config, rt, val) as record:
+        check_byte_count(record, config, val, sp)
+        model = GPT(config).to_compute(rt)
+        rt.log(f"model_params: {sum(p.numel() for p in model.parameters())}")
+        nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
 
-    def validate(stage: str = "validation") -> Scores:
-        return evaluate(config, rt, nll_fn, val, config.eval_seq_len, stage)
+        def validate(stage: str = "validation") -> Scores:
+            return evaluate(config, rt, nll_fn, val, config.eval_seq_len, stage)
 
-    warm_up(config, rt, model, loss_fn, data)
-    result = train(config, rt, model, loss_fn, data, lambda: score_line(validate().finish()))
-    record.set(steps=result.steps, train_seconds=result.seconds, step_ms=1000 * result.seconds / result.steps,
-               tokens_per_second=round(result.steps * config.train_batch_tokens / result.seconds))
-    record.stage("prequant", "pre-quantization post-ema", validate("prequant"))
-    artifact = make_artifact(config, rt, record, model, data.in_order(1))
-    if rt.main:
-        write_outputs(config, model, artifact, pack_source(SOURCE))
-        artifact = (Path(config.out_dir) / ARTIFACT_NAME).read_bytes()
-    score_artifact(config, rt, record, val, rt.broadcast_bytes(artifact))
+        try:
+            warm_up(config, rt, model, loss_fn, data)
+            result = train(config, rt, model, loss_fn, data, lambda: score_line(validate().finish()))
+        except RunStopped:
+            write_output(config, rt, "stopped_model.pt", weights_file(model))
+            raise
+        record.set(steps=result.steps, train_seconds=result.seconds, step_ms=1000 * result.seconds / result.steps,
+                   tokens_per_second=round(result.steps * config.train_batch_tokens / result.seconds))
+        record.stage("prequant", "pre-quantization post-ema", validate("prequant"))
+        artifact = make_artifact(config, rt, record, model, data.in_order(1))
+        for name, content in (("final_model.pt", weights_file(model)), (ARTIFACT_NAME, artifact),
+                              ("train_gpt.py", pack_source(SOURCE))):
+            write_output(config, rt, name, content)
+        score_artifact(config, rt, record, val, rt.broadcast_bytes(read_artifact(config.out_dir) if rt.main else None))
 
 
 def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data: TrainData) -> bytes | None:
@@ -1967,11 +2203,16 @@ def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data:
     return artifact
 
 
-def write_outputs(config: Config, model: GPT, artifact: bytes, code: bytes):
-    """Write OUT_DIR: the fp32 weights (for torch.load with weights_only=True), the artifact and the packed script."""
-    weights = io.BytesIO()
-    torch.save({name: p.detach().cpu() for name, p in model.named_parameters()}, weights)
-    for name, data in (("final_model.pt", weights.getvalue()), (ARTIFACT_NAME, artifact), ("train_gpt.py", code)):
+def weights_file(model: GPT) -> bytes:
+    """The fp32 weights, for torch.load with weights_only=True."""
+    file = io.BytesIO()
+    torch.save({name: p.detach().cpu() for name, p in model.named_parameters()}, file)
+    return file.getvalue()
+
+
+def write_output(config: Config, rt: Runtime, name: str, data: bytes):
+    """Write a file to OUT_DIR, on rank 0."""
+    if rt.main:
         write_file(Path(config.out_dir) / name, data)
 
 
@@ -1982,12 +2223,14 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
            f"Total submission size quantized+{config.compressor}: {len(code) + len(artifact)} bytes")
     record.set(artifact_bytes=len(artifact), code_bytes=len(code), total_bytes=len(code) + len(artifact),
                artifact_sha256=sha256(artifact), code_sha256=sha256(code))
+    rt.log("\n".join(f"{key}: {record.data[key]}" for key in ("artifact_sha256", "code_sha256")))
     # The same artifact must get the same score again: embedding gradients, above all, are sums in any order otherwise.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     start = rt.clock()
     model = model_from_artifact(config, rt, unpack_artifact(artifact)[0])
     nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
+    check_scoring(record, config, model, nll_fn, val)
     record.stage("quantized", "quantized", evaluate(config, rt, nll_fn, val, config.eval_seq_len, "quantized"))
     if config.sliding_window_enabled:
         record.stage("sliding", "quantized_sliding_window",
@@ -1995,17 +2238,18 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     if config.ttt_enabled:
         record.stage("ttt", "quantized_ttt", evaluate_ttt(config, rt, model, loss_fn, nll_fn, val))
     record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())
-    final_checks(record, config)
+    final_checks(record, val)
     rt.log(f"record: {record.path}")
 
 
 def run_evaluation(config: Config, rt: Runtime):
     """MODE=eval: score the artifact in OUT_DIR; no training data is touched."""
+    check_folders(config, rt)
     sp = load_tokenizer(config)
     val = ValidationData(config, rt, sp)
-    record = begin(config, rt, val)
-    check_byte_count(record, config, val, sp)
-    score_artifact(config, rt, record, val, read_artifact(config.out_dir))
+    with begin(config, rt, val) as record:
+        check_byte_count(record, config, val, sp)
+        score_artifact(config, rt, record, val, read_artifact(config.out_dir))
 
 
 def run_pack(config: Config):
@@ -2032,6 +2276,8 @@ def read_config(env: Mapping[str, str]) -> Config:
         if not isinstance(stored, dict):
             raise ArtifactError("the artifact does not say which settings it was made with")
     config = Config.from_env(env, stored)
+    if config.mode == "collect" and SOURCE.startswith(PACKED_FIRST_LINE):
+        raise UsageError("this is the packed script: MODE=collect is in the readable train_gpt.py")
     if config.mode in ("train", "pack") and Path(__file__).resolve() == Path(config.out_dir, "train_gpt.py").resolve():
         raise UsageError(f"OUT_DIR={config.out_dir} is this script's own folder: the packed script would overwrite it")
     return config
@@ -2042,13 +2288,23 @@ def main():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic scores
     try:
         config = read_config(os.environ)
-        if config.mode in ("help", "pack", "collect"):
-            {"help": lambda _: print_help(), "pack": run_pack, "collect": collect}[config.mode](config)
-            return
+        if config.mode == "help":
+            return print_help()
+        if config.mode == "pack":
+            return run_pack(config)
+        if config.mode == "collect":
+            return collect(config)
         rt = Runtime(config)
+        rt.catch_signals()
         with attention_kernels(rt):
             (run_training if config.mode == "train" else run_evaluation)(config, rt)
         rt.close()
+    except RunStopped as error:
+        if rt.main:
+            print(f"train_gpt.py: {error.args[0]}", file=sys.stderr)
+        sys.exit(error.args[1])
+    except OSError as error:
+        sys.exit(f"train_gpt.py: {error}; the files that were there before are as they were")
     except (UsageError, ArtifactError) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import lzma
 import pickle
+import random
 import struct
 import tracemalloc
 import zipfile
@@ -247,6 +248,77 @@ def test_decompression_bombs_are_refused(where):
         unpack_artifact(data)
 
 
+# --- fuzzing --------------------------------------------------------------------------------------------------------
+
+
+def mutated(rng: random.Random, data: bytes) -> bytes:
+    """One to four random changes: bits, bytes, runs of bytes set, cut out, doubled or moved; numbers made huge."""
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at, length = rng.randrange(len(data) + 1), rng.choice([1, 1, 2, 4, 8, 40])
+        kind = rng.randrange(7)
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            data[at:at + length] = rng.randbytes(length)
+        elif kind == 2:
+            del data[at:at + length]
+        elif kind == 3:
+            data[at:at] = data[at:at + length]
+        elif kind == 4:
+            data[at:at + length] = rng.choice([b"\0", b"\xff", b"9", b"-", b"[", b'"']) * length
+        elif kind == 5:
+            data[at:at] = rng.randbytes(length)
+        else:
+            del data[at:]
+    return bytes(data)
+
+
+def fuzz(count: int, rt) -> tuple[int, int]:
+    """Mutate a real artifact; returns how many mutants were refused and how many read (checksum put right again)."""
+    config, rng, refused = tiny_config(), random.Random(0), 0
+    good = pack_artifact(tensors_of(tiny_model(config)), artifact_header(config))
+    _, _, head_bytes, _ = train_gpt.ARTIFACT_PREFIX.unpack_from(good)
+    begin = train_gpt.ARTIFACT_PREFIX.size
+    head, streams = brotli.decompress(good[begin:begin + head_bytes]), good[begin + head_bytes:]
+    for number in range(count):
+        if number % 4 == 0:  # the file as it is, checksum and all: always refused
+            data = mutated(rng, good)
+            if data != good:
+                with pytest.raises(ArtifactError):
+                    unpack_artifact(data)
+            refused += 1
+            continue
+        raw_head, raw_streams = brotli.compress(mutated(rng, head) if number % 4 > 1 else head, quality=1), streams
+        if number % 4 in (1, 3):
+            raw_streams = mutated(rng, streams)
+        if number % 16 == 15:
+            raw_head = mutated(rng, raw_head)
+        try:
+            tensors, read = unpack_artifact(craft(None, raw_streams, raw_head))
+            model = train_gpt.model_from_artifact(config, rt, tensors)
+            if isinstance(read.get("settings"), dict):
+                Config.from_env({"MODE": "eval"}, read["settings"])
+        except (ArtifactError, UsageError):
+            refused += 1
+        else:
+            assert all(p.isfinite().all() for p in model.parameters())
+    return refused, count - refused
+
+
+def test_mutated_artifacts_are_refused_or_whole(rt):
+    refused, read = fuzz(400, rt)
+    assert refused > 300
+
+
+@pytest.mark.slow
+def test_ten_thousand_mutated_artifacts(rt):
+    with little_memory(400):
+        refused, read = fuzz(10_000, rt)
+    print(f"{refused} refused, {read} read")
+    assert refused > 8000 and read > 0
+
+
 # --- from an artifact back to the settings and the model --------------------------------------------------------------
 
 
@@ -357,6 +429,16 @@ def test_another_models_tensors_are_refused(rt, other):
     for mine, theirs in (pair, pair[::-1]):
         with pytest.raises(ArtifactError):
             train_gpt.model_from_artifact(mine, rt, tensors_of(tiny_model(theirs)))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(rt, bad):
+    config = tiny_config()
+    for name in ("embedding", "up_bank.scale"):
+        tensors = tensors_of(tiny_model(config))
+        tensors[name].view(-1)[3] = bad
+        with pytest.raises(ArtifactError, match=f"{name.split('.')[0]} holds values that are not finite"):
+            train_gpt.model_from_artifact(config, rt, tensors)
 
 
 def test_incomplete_tensors_are_refused(rt):

@@ -1,6 +1,7 @@
 """Room 3: byte tables, shards, the training order, the validation split, the embedded corpus."""
 import contextlib
 import lzma
+import resource
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -473,4 +474,18 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path, monkeypatch, faili
     with pytest.raises(OSError):
         train_gpt.write_file(path, b"something new")
     monkeypatch.undo()
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """A real one: no file may grow beyond 1000 bytes, and the writing fails halfway."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="large"):
+            train_gpt.write_file(path, bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(tmp_path) == {"file": b"old"}

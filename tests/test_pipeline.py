@@ -2,7 +2,9 @@
 import json
 import os
 import re
+import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -71,18 +73,30 @@ def test_two_ranks_train_and_score_as_one(runs):
     assert two.record["world_size"] == 2 and two.record["compliant"]
 
 
+OFFLINE = """
+import fcntl, runpy, socket, struct
+try:
+    fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 0x41))  # SIOCSIFFLAGS: up and running
+except PermissionError:
+    pass  # not in a namespace of its own
+socket.socket.connect = None
+runpy.run_path("train_gpt.py", run_name="__main__")
+"""
+
+
 def test_packed_script_scores_the_artifact_alone(runs, tmp_path):
-    """Only the packed script, the artifact, the tokenizer and the validation shards; sockets raise; same digits."""
+    """Only the packed script, the artifact, the tokenizer and the validation shards; no network; the same digits."""
     source = runs[0].folder / "out"
     shutil.copy(source / "train_gpt.py", tmp_path)
     (tmp_path / "out").mkdir()
     shutil.copy(source / "final_model.ptz", tmp_path / "out")
     shutil.copytree(source / "smoke_data", tmp_path / "data", ignore=shutil.ignore_patterns("*train*"))
-    no_network = ("import socket, runpy; socket.socket.connect = None; "
-                  "runpy.run_path('train_gpt.py', run_name='__main__')")
-    done = subprocess.run([sys.executable, "-c", no_network], cwd=tmp_path, capture_output=True, text=True, timeout=240,
-                          env={"MODE": "eval", "DATA_DIR": "data", "RUN_ID": "again", "PATH": "/usr/bin:/bin",
-                               "OMP_NUM_THREADS": "1"})
+    (tmp_path / "offline.py").write_text(OFFLINE)
+    # Where the kernel lets us, in a network namespace of its own with but a loopback; Python's sockets raise anyway.
+    alone = ["unshare", "-rn"] if subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0 else []
+    done = subprocess.run([*alone, sys.executable, "offline.py"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=240, env={"MODE": "eval", "DATA_DIR": "data", "RUN_ID": "again",
+                                            "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     again = json.loads((tmp_path / "logs" / "again.json").read_text())
     for stage in STAGES[1:]:
@@ -125,3 +139,58 @@ def test_bad_input_ends_in_one_message_before_any_work(tmp_path, ranks, env, mes
     done = torchrun(ranks, str(ROOT / "train_gpt.py"), cwd=tmp_path, env={**SMALL, **env})
     assert done.returncode != 0 and done.stderr.count(message) == 1
     assert "train_loss" not in done.stdout and not (tmp_path / "logs").exists()
+
+
+def start(folder, runs, **env):
+    """A run of very many steps on the smoke corpus that `runs` has made; returns once it is training."""
+    folder.mkdir(exist_ok=True)
+    shutil.copytree(runs[0].folder / "out" / "smoke_data", folder / "out" / "smoke_data")
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if env.pop("ranks", 1) == 2 else []
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    process = subprocess.Popen(
+        [sys.executable, *ranks, str(ROOT / "train_gpt.py")], cwd=folder, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env={**clean, **SMALL, "ITERATIONS": "20000", "OMP_NUM_THREADS": "1", **env})
+    said = ""
+    while "train_loss" not in said:
+        line = process.stdout.readline()
+        assert line, f"it ended before it trained: {said}"
+        said += line
+    return process
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_terminated_run_leaves_weights_log_and_record(runs, tmp_path, ranks):
+    process = start(tmp_path / "run", runs, ranks=ranks)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM if ranks == 1 else process.returncode != 0, said
+    record = json.loads((tmp_path / "run" / "logs" / "run.json").read_text())
+    assert re.search(r"stopped by a signal after step \d+", record["stopped"]) and record["compliant"] is None
+    assert "stopped by a signal" in (tmp_path / "run" / "logs" / "run.txt").read_text()
+    weights = torch.load(tmp_path / "run" / "out" / "stopped_model.pt", weights_only=True)
+    assert all(p.isfinite().all() for p in weights.values())
+    assert ranks == 2 or "Traceback" not in said  # torchrun itself writes one
+    assert not (tmp_path / "run" / "out" / "final_model.ptz").exists()
+
+
+def test_a_full_disk_loses_no_artifact(runs, tmp_path):
+    """No file may grow beyond 200 kB: the weights cannot be written, and what an earlier run left is as it was."""
+    folder = tmp_path / "out"
+    shutil.copytree(runs[0].folder / "out", folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py")], cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env={**os.environ, **SMALL, "SEED": "2", "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
+    assert done.returncode == 1 and "train_gpt.py: [Errno 27]" in done.stderr and "Traceback" not in done.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    assert "File too large" in json.loads((tmp_path / "logs" / "run.json").read_text())["stopped"]
+
+
+@pytest.mark.parametrize("name", ["OUT_DIR", "LOG_DIR"])
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, name):
+    (tmp_path / "file").write_text("no folder")
+    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=60, env={**os.environ, **SMALL, name: "file/below"})
+    assert done.returncode == 2 and f"{name}=" in done.stderr and "cannot be written to" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

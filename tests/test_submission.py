@@ -95,12 +95,25 @@ def test_packed_script_computes_the_same(tmp_path):
 
 def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
     (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE))
-    for env in ({"SEED": "x", "TTT_EPOCH": "1"}, {"MODE": "eval", "OUT_DIR": "nowhere"},
-                {"MODE": "collect", "RECORDS": "none.json"}):
+    for env in ({"SEED": "x", "TTT_EPOCH": "1"}, {"MODE": "eval", "OUT_DIR": "nowhere"}, {"NUM_HEADS": "7"}):
         said = [subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, capture_output=True, text=True,
                                env={**env, "PATH": ""}) for folder in (ROOT, tmp_path)]
         assert said[0].returncode == said[1].returncode == 2
         assert said[0].stderr == said[1].stderr and said[0].stderr.startswith("train_gpt.py: ")
+    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"MODE": "collect", "RECORDS": "a.json", "PATH": ""})
+    assert done.returncode == 2 and "the readable train_gpt.py" in done.stderr
+
+
+def test_the_packed_script_helps_and_packs_itself(tmp_path):
+    code = pack_source(SOURCE)
+    (tmp_path / "train_gpt.py").write_bytes(code)
+    for mode in ("help", "pack"):
+        done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
+                              env={"MODE": mode, "OUT_DIR": "made", "PATH": ""})
+        assert done.returncode == 0, done.stderr
+        assert ("MATRIX_LR" if mode == "help" else f"{len(code)} bytes") in done.stdout
+    assert (tmp_path / "made" / "train_gpt.py").read_bytes() == code
 
 
 def test_source_has_only_python_310_grammar():
@@ -123,15 +136,24 @@ def test_pack_mode_never_overwrites_the_running_script(tmp_path):
     assert script.read_bytes() == SOURCE
 
 
+STAGE = {"val_loss": 2.0, "val_bpb": 1.5, "seconds": 1.0}
+
+
 @pytest.fixture
 def record(tmp_path, rt):
     config = tiny_config(log_dir=tmp_path)
     record = Record(config, rt, "run")
-    stage = {"val_loss": 2.0, "val_bpb": 1.5, "seconds": 1.0}
     record.set(steps=5, train_seconds=100.0, calibration_seconds=5.0, quantize_seconds=5.0, eval_seconds=50.0,
-               tokens_per_second=1000, val_tokens=50, val_bytes=100, quantized=stage, prequant=stage,
-               artifact_bytes=15_000_000, code_bytes=20_000, total_bytes=15_020_000)
+               tokens_per_second=1000, val_tokens=50, val_bytes=100, val_sha256="5", quantized=STAGE, prequant=STAGE,
+               artifact_bytes=15_000_000, code_bytes=20_000, total_bytes=15_020_000,
+               code_sha256=train_gpt.sha256(pack_source(SOURCE)))
     return record
+
+
+def finish(record, left_out: int = 0):
+    val = fake_validation(torch.ones(11), tiny_config())
+    val.left_out = left_out
+    train_gpt.final_checks(record, val)
 
 
 def outcome(record, name):
@@ -143,13 +165,13 @@ def outcome(record, name):
     ({"train_seconds": 590.1}, "train_seconds"), ({"eval_seconds": 600.1}, "eval_seconds")])
 def test_limits_of_the_contest(record, figures, failing):
     record.set(**figures)
-    train_gpt.final_checks(record, tiny_config())
+    finish(record)
     assert record.data["compliant"] == (failing is None)
     assert [check["name"] for check in record.data["checks"] if not check["ok"]] == ([failing] if failing else [])
 
 
 def test_dropped_tail_is_not_compliant(record):
-    train_gpt.final_checks(record, tiny_config(eval_drop_tail=1))
+    finish(record, left_out=7)
     assert not outcome(record, "full_split") and not record.data["compliant"]
 
 
@@ -198,41 +220,142 @@ def test_record_is_complete_json_with_null_for_what_was_not_measured(record):
     assert data["ttt"] is None and data["compliant"] is None
 
 
-def collected(tmp_path, monkeypatch, records, readme=None):
+# --- from records to a submission -------------------------------------------------------------------------------------
+
+
+def collected(tmp_path, monkeypatch, records, readme=None, **settings):
+    """What MODE=collect makes of these records, each with the log that its run would have written."""
     monkeypatch.chdir(tmp_path)
     for i, record in enumerate(records):
         (tmp_path / f"{i}.json").write_text(json.dumps(record))
+        lines = [train_gpt.score_line(record[stage]) for stage in Record.STAGES if record[stage]]
+        (tmp_path / f"{i}.txt").write_text("\n".join(["5/5 train_loss: 2.5 train_time: 1.0m tok/s: 9", *lines]))
     if readme:
         (tmp_path / "README.md").write_text(readme)
-    train_gpt.collect(tiny_config(records=" ".join(f"{i}.json" for i in range(len(records)))))
+    train_gpt.collect(tiny_config(records=" ".join(f"{i}.json" for i in range(len(records))), **settings))
     return json.loads((tmp_path / "submission.json").read_text())
 
 
+def contest_records(record, bpb=(1.07, 1.08, 1.09), **changed) -> list[dict]:
+    """Finished runs as 8 H100s would report them, one a seed; the last is the largest."""
+    finish(record)
+    records = []
+    for i, (seed, x) in enumerate(zip((42, 314, 999, 7), bpb)):
+        records.append(copy.deepcopy(record.data))
+        records[-1].update(run_id=f"run{seed}", seed=seed, hardware="8x NVIDIA H100 80GB HBM3", val_tokens=40_540_802,
+                           total_bytes=15_980_000 + i, ttt={"val_loss": 2.5 * x, "val_bpb": x, "seconds": 9.0})
+        records[-1].update(changed)
+    return records
+
+
 def test_rehearsals_never_fill_the_contest_figures(record, tmp_path, monkeypatch):
-    train_gpt.final_checks(record, tiny_config())
+    finish(record)
     submission = collected(tmp_path, monkeypatch, [record.data],
                            "before\n<!-- results -->\nold\n<!-- /results -->\nafter")
-    assert submission["val_bpb"] is None and submission["bytes_total"] is None and submission["hardware"] is None
-    assert submission["rehearsals"][0]["hardware"] == record.data["hardware"]
+    for key in ("val_bpb", "val_loss", "seed_results", "bytes_total", "hardware", "compliance", "significance"):
+        assert submission[key] is None, key
+    assert submission["rehearsal"]["hardware"] == record.data["hardware"]
+    assert submission["rehearsal"]["val_bpb"] == 1.5
     readme = (tmp_path / "README.md").read_text()
     assert "old" not in readme and "| run |" in readme and readme.startswith("before") and readme.endswith("after")
+    assert not (tmp_path / "records").exists()
 
 
 def test_contest_runs_are_averaged_with_worst_case_bytes(record, tmp_path, monkeypatch):
-    train_gpt.final_checks(record, tiny_config())
-    records = []
-    for seed, bpb, size in ((42, 1.07, 15_990_000), (314, 1.09, 15_980_000)):
-        data = copy.deepcopy(record.data)
-        data.update(seed=seed, hardware="8x NVIDIA H100 80GB HBM3", val_tokens=40_540_802, total_bytes=size,
-                    ttt={"val_loss": 2.7, "val_bpb": bpb, "seconds": 300.0})
-        records.append(data)
+    submission = collected(tmp_path, monkeypatch, contest_records(record), author="A. Uthor", github_id="uthor")
+    assert submission["val_bpb"] == pytest.approx(1.08) and submission["val_bpb_std"] == pytest.approx(0.01)
+    assert submission["val_loss"] == pytest.approx(2.7) and submission["bytes_total"] == 15_980_002
+    assert submission["seeds"] == [42, 314, 999] and submission["seed_results"]["999"]["val_bpb"] == 1.09
+    assert submission["author"] == "A. Uthor" and submission["rehearsal"] is None and submission["name"] is None
+    assert submission["compliance"]["three_seeds"] and submission["compliance"]["train_seconds"]
+    assert submission["track"] == "10min_16mb" and submission["pytorch_version"] == torch.__version__
+    table = train_gpt.results_table(contest_records(record)[::-1])
+    assert table.index("run42") < table.index("run314") < table.index("run999"), "best first"
+
+
+@pytest.mark.parametrize("change", [
+    {"settings": {"ttt_epochs": 9}}, {"preset": "smoke"}, {"source_sha256": "0"}, {"code_sha256": "0"},
+    {"val_sha256": "0"}, {"hardware": "8x NVIDIA H200"}, {"torch": "2.9.0"}, {"mode": "eval"}, {"seed": 42},
+    {"compliant": None, "stopped": "RunStopped"}], ids=str)
+def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch, change, capsys):
+    records = contest_records(record)
+    records[1].update(change)
+    key, = list(change)[:1]
+    with pytest.raises(UsageError, match="seed" if key == "seed" else "end" if key == "compliant" else key):
+        collected(tmp_path, monkeypatch, records)
+    assert not (tmp_path / "submission.json").exists()
+    assert "run999" in capsys.readouterr().out, "the table is printed for any records"
+
+
+def test_one_run_that_breaks_a_rule_takes_the_others_figures(record, tmp_path, monkeypatch):
+    records = contest_records(record)
+    records[2]["compliant"] = False
+    records[2]["checks"][0] = {**records[2]["checks"][0], "ok": False}
     submission = collected(tmp_path, monkeypatch, records)
-    assert submission["val_bpb"] == pytest.approx(1.08) and submission["bytes_total"] == 15_990_000
-    records[0]["compliant"] = False
-    assert collected(tmp_path, monkeypatch, records)["val_bpb"] == pytest.approx(1.09)
+    assert submission["val_bpb"] is None and not submission["rehearsal"]["compliance"]["all"]
+    assert not submission["rehearsal"]["compliance"][records[2]["checks"][0]["name"]]
 
 
-@pytest.mark.parametrize("content", ["not json", "{}", "[]"])
+def test_welch_test_against_closed_forms():
+    """Two values on each side with equal spreads: two degrees of freedom, whose tail has a closed form."""
+    for gain in (0.002, 0.005, 0.02, 0.5):
+        ours, reference = [2.0, 2.01], [2.0 + gain, 2.01 + gain]
+        found = train_gpt.welch_test(ours, reference, 0.005)
+        t = (gain - 0.005) / 5e-5 ** 0.5  # each side has variance 5e-5 and two values
+        assert found["t"] == pytest.approx(t, abs=1e-9) and found["degrees_of_freedom"] == pytest.approx(2)
+        assert found["p_value"] == pytest.approx(0.5 - t / (2 * (2 + t * t) ** 0.5), abs=2e-5)
+        assert found["significant"] == (found["p_value"] < 0.01)
+        assert found["gain_nats_per_token"] == pytest.approx(gain)
+    # Spreads that differ: Welch-Satterthwaite by hand. The smaller sample's spread of zero leaves the other's freedom.
+    found = train_gpt.welch_test([1.0, 1.0], [1.1, 1.2, 1.3], 0.0)
+    assert found["degrees_of_freedom"] == pytest.approx(2) and found["t"] == pytest.approx(0.2 / (0.01 / 3) ** 0.5)
+
+
+def test_the_standing_record_must_be_beaten_by_five_millinats(record, tmp_path, monkeypatch):
+    """In nats per token: 2.5 per bit per byte here, so 0.002 bpb are just the 0.005 nats that do not suffice."""
+    for bpb, enough in (((1.0700, 1.0701, 1.0702), True), ((1.0790, 1.0791, 1.0792), False)):
+        found = collected(tmp_path, monkeypatch, contest_records(record, bpb), reference_bpb="1.0810,1.0811,1.0812")
+        assert found["significance"]["significant"] == enough
+        assert found["significance"]["gain_nats_per_token"] == pytest.approx(2.5 * (1.0811 - bpb[1]))
+    for reference, records in (("1.08", 3), ("1.08,x", 3), ("1.08,1.09", 1)):
+        with pytest.raises(UsageError, match="REFERENCE_BPB"):
+            collected(tmp_path, monkeypatch, contest_records(record)[:records], reference_bpb=reference)
+
+
+def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypatch):
+    records = contest_records(record)
+    submission = collected(tmp_path, monkeypatch, records, submission_name="Some name / 2")
+    folder, = (tmp_path / "records").iterdir()
+    assert folder.name == f"{submission['date']}_Some-name-2"
+    assert {p.name for p in folder.iterdir()} == {"train_gpt.py", "README.md", "submission.json",
+                                                  *(f"{i}.{kind}" for i in range(3) for kind in ("json", "txt"))}
+    assert train_gpt.sha256((folder / "train_gpt.py").read_bytes()) == submission["code_sha256"]
+    assert json.loads((folder / "submission.json").read_text()) == submission
+    readme = (folder / "README.md").read_text()
+    assert "| run42 |" in readme and "total_bytes ok" in readme
+    (tmp_path / "1.txt").write_text("val_loss:1.0 val_bpb:0.9 eval_time:5ms")
+    config = tiny_config(records="0.json 1.json 2.json", submission_name="x")
+    with pytest.raises(UsageError, match="1.txt does not say what 1.json says"):
+        train_gpt.collect(config)
+    with pytest.raises(UsageError, match="made by other code"):
+        collected(tmp_path, monkeypatch, contest_records(record, code_sha256="0"), submission_name="x")
+
+
+def test_runs_are_drawn_where_matplotlib_is(record, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    collected(tmp_path, monkeypatch, contest_records(record))
+    assert "no picture: matplotlib is not installed" in capsys.readouterr().out
+    assert not list((tmp_path / "logs").iterdir())
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    collected(tmp_path, monkeypatch, contest_records(record))
+    picture = (tmp_path / "logs" / "results.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 5000
+
+
+@pytest.mark.parametrize("content", ["not json", "{}", "[]", '{"checks": []}'])
 def test_collect_refuses_what_is_no_record(tmp_path, content):
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(UsageError, match="x.json is no record"):

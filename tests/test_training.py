@@ -3,6 +3,7 @@ import json
 import math
 import os
 import re
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from conftest import ROOT, tiny_config, tiny_env, torchrun, write_shards
 
 import train_gpt
-from train_gpt import GPT, Config, Optimizer, Runtime, TrainData
+from train_gpt import GPT, Config, Optimizer, RunStopped, Runtime, TrainData
 
 LOG_LINE = re.compile(r"(\d+)/(\d+) train_loss: (\d+\.\d{4}) train_time: (\d+\.\d)m tok/s: (\d+)")
 
@@ -39,12 +40,15 @@ def clock(monkeypatch):
     return clock
 
 
-def train_run(config, after_pass=lambda model: None, validate=lambda: "val_loss:0 val_bpb:0 eval_time:0ms"):
+def train_run(config, after_pass=lambda model: None, validate=lambda: "val_loss:0 val_bpb:0 eval_time:0ms",
+              catch_signals=False):
     """Warm up and train from weights that do not depend on SEED, and write down what can be seen from outside.
 
     One micro-batch is one step here: `states` has (looping, loss, weights before the step) of each.
     """
     rt = Runtime(config)
+    if catch_signals:
+        rt.catch_signals()
     lines, states, rates = [], [], []
     rt.log = lines.append
     torch.manual_seed(0)
@@ -208,17 +212,40 @@ def test_log_lines_keep_the_communitys_shape(data_dir, clock):
 # ---- failures and the end --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("clip", [0.3, 0.0])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("step", [1, 3, 4])
-def test_a_loss_that_is_not_finite_stops_the_run(data_dir, bad, step):
-    passes = []
+def test_a_loss_that_is_not_finite_stops_the_run(data_dir, bad, step, clip):
+    """The error names the step, and the weights are still good: the bad gradient moved none of them out of bounds."""
+    models = []
 
     def break_one(model):
-        passes.append(1)
-        return bad if len(passes) == step else 0.0
+        models.append(model)
+        return sum(p.sum() for p in model.parameters()) * bad if len(models) == step else 0.0
 
-    with pytest.raises(FloatingPointError, match=rf"\b{bad}\b.*\bstep {step}\b"):
-        train_run(tiny_config(data_dir=data_dir, iterations=4), break_one)
+    with pytest.raises(RunStopped, match=rf"loss is {'(nan|inf)' if bad == math.inf else 'nan'} at step {step}\b"):
+        train_run(tiny_config(data_dir=data_dir, iterations=4, grad_clip_norm=clip), break_one)
+    assert all(p.isfinite().all() for p in models[0].parameters())
+    assert float(max(p.abs().max() for p in models[0].parameters())) < 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_training_after_the_step(data_dir, number):
+    passes = []
+
+    def interrupt(model):
+        passes.append(model)
+        if len(passes) == 2:
+            os.kill(os.getpid(), number)
+
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with pytest.raises(RunStopped, match="signal after step 2") as stopped:
+            train_run(tiny_config(data_dir=data_dir, iterations=9), interrupt, catch_signals=True)
+        assert stopped.value.args[1] == 128 + number and len(passes) == 2
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.0])

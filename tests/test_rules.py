@@ -1,0 +1,707 @@
+"""RULES.md, row by row: what makes a score count. Beside each check stands a violation that it must catch.
+
+The four conditions go through the real evaluation code, in all modes, on one rank and on two (this file, run as a
+script by torchrun, is then each rank's program).
+"""
+import ast
+import collections
+import contextlib
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from conftest import ROOT, SHARED, fake_validation, torchrun
+from test_evaluation import CHUNK, LENGTH, MODES, STRIDE, TARGETS, looping_model, random_split, score, small_config
+
+import train_gpt
+from train_gpt import SOURCE, Runtime, Scores, evaluate, evaluate_ttt, score_windows, windows
+
+# --- the four conditions (issue #1017): each check lists the violations that it finds ---------------------------------
+
+
+def run_mode(mode, config, rt, model, nll_fn, loss_fn, val) -> Scores:
+    """One evaluation as score_artifact does it."""
+    if mode == "ttt":
+        return evaluate_ttt(config, rt, model, loss_fn, nll_fn, val)
+    return evaluate(config, rt, nll_fn, val, config.eval_seq_len if mode == "plain" else config.eval_stride, mode)
+
+
+def find_acausal(mode, rt) -> list[str]:
+    """Whatever comes at or after token t: the scores of the tokens before t must stay the same to the last bit."""
+    config = small_config()
+    model, val = looping_model(config), random_split(TARGETS, config)
+    before = score(mode, config, model, val, rt)
+    generator = torch.Generator().manual_seed(1)
+    for t in (1, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 20, 2 * CHUNK, val.targets):
+        for stop in (t + 1, val.targets + 1):  # token t alone, and everything from t on
+            changed = fake_validation(val.tokens.clone(), config)
+            changed.tokens[t:stop] = 3 + (changed.tokens[t:stop] - 3 + torch.randint(
+                1, 297, (stop - t,), generator=generator, dtype=torch.int32)) % 297
+            after = score(mode, config, model, changed, rt)
+            if not torch.equal(after[:t - 1], before[:t - 1]):
+                return [f"the score of a token before {t} depends on tokens {t} to {stop - 1}"]
+            assert after[t - 1] != before[t - 1], "token t's own score must depend on it, or nothing was tested"
+    return []
+
+
+def find_unnormalized(mode, rt) -> list[str]:
+    """Try every possible token at one place: the probabilities that the scores stand for must add up to 1.
+
+    The split holds one block per candidate, alike but for that token, so that each is scored after the same tokens.
+    In TTT a chunk of other text comes first, and the model has learned from it by then.
+    """
+    block = LENGTH if mode == "plain" else LENGTH + STRIDE  # room for a window that lies within the block
+    config = small_config(VOCAB_SIZE=260, TTT_CHUNK_TOKENS=260 * block, TTT_EPOCHS=1, TTT_BATCH_SEQS=130,
+                          MICRO_BATCH_TOKENS=4096)
+    model, rng, found = looping_model(config), np.random.default_rng(0), []
+    first = 0 if mode == "plain" else block - STRIDE
+    for place in rng.choice(np.arange(first, block - 1), 1 if mode == "ttt" else 2, replace=False):
+        text = np.tile(rng.integers(0, 260, block), (260, 1))
+        text[:, place + 1] = np.arange(260)
+        before = rng.integers(0, 260, 260 * block if mode == "ttt" else 0)
+        tokens = np.concatenate([before, text.ravel(), text[0, :1]])
+        nll = score(mode, config, model, fake_validation(tokens, config), rt)
+        probabilities = (-nll[len(before):].view(260, block)[:, place]).exp()
+        if abs(float(probabilities.sum()) - 1) > 1e-5:
+            found.append(f"probabilities at {place} of a block add up to {float(probabilities.sum())}")
+        assert probabilities.max() > 2 / 260 > probabilities.min(), "a flat distribution would test nothing"
+    return found
+
+
+class Ledger:
+    """When each target was scored, and when an update saw it, over all ranks: noted at the two functions that do it."""
+
+    def __init__(self, model, val):
+        self.model, pairs = model, list(zip(val.tokens.tolist(), val.tokens.tolist()[1:]))
+        self.position = {pair: p for p, pair in enumerate(pairs)}
+        assert len(self.position) == len(pairs)  # so a target is known by its token and the one before
+        self.events: list[tuple[float, str, list[int]]] = []
+
+    def note(self, kind, ids, targets):
+        """Enter the targets; pairs that the split does not hold are padding."""
+        pairs = zip(ids[:, -targets.size(1):].flatten().tolist(), targets.flatten().tolist())
+        known = [self.position[pair] for pair in pairs if pair in self.position]
+        self.events.append((time.monotonic(), kind, known))  # one clock for all processes of a machine
+
+    def nll(self, ids, targets):
+        result = self.model.nll(ids, targets)
+        self.note("score", ids, targets)
+        return result
+
+    def loss(self, ids, targets):
+        self.note("train", ids, targets)
+        return self.model(ids, targets)
+
+    def violations(self, targets: int) -> list[str]:
+        """What is wrong with the order of events, all ranks' taken together."""
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, self.events)
+        scored, found = collections.Counter(), set()
+        for _, kind, positions in sorted(event for events in ranks for event in events):
+            if kind == "score":
+                scored.update(positions)
+            elif not all(scored[p] for p in positions):
+                found.add("trained on a target before it was scored")
+        for events in ranks:
+            walk = [p for _, kind, positions in events if kind == "score" for p in positions]
+            if walk != sorted(walk):
+                found.add("not from left to right")
+        if max(scored.values()) > 1:
+            found.add("a target was scored twice")
+        if len(scored) < targets:
+            found.add("a target was never scored")
+        return sorted(found)
+
+
+def distinct_split(targets: int, config):
+    """A split in which no pair of neighbours occurs twice."""
+    rng, tokens, seen = np.random.default_rng(0), [3], set()
+    while len(tokens) <= targets:
+        token = int(rng.integers(3, config.vocab_size))
+        if token != tokens[-1] and (tokens[-1], token) not in seen:
+            seen.add((tokens[-1], token))
+            tokens.append(token)
+    return fake_validation(tokens, config)
+
+
+def find_disorder(mode, rt, targets: int = TARGETS, walk=None, **settings) -> list[str]:
+    """Every target scored once, left to right, tail included, and before any update saw it."""
+    config = small_config(**settings)
+    val = distinct_split(targets, config)
+    ledger = Ledger(looping_model(config), val)
+    walk = walk or run_mode
+    walk(mode, config, rt, ledger.model, ledger.nll, ledger.loss, val)
+    trained = sum(kind == "train" for _, kind, _ in ledger.events)
+    assert (trained > 0) == (mode == "ttt"), "an evaluation without updates must have none, TTT must have some"
+    return ledger.violations(targets)
+
+
+CHECKS = {"causal": find_acausal, "normalized": find_unnormalized, "ordered": find_disorder}
+
+# --- planted violations: patches of train_gpt under which a check must find something ---------------------------------
+
+
+@contextlib.contextmanager
+def patched(holder, name, value):
+    before = getattr(holder, name)
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+def attention_without_mask():
+    """Every position attends to the whole window."""
+    def attend(q, k, v, kernel):
+        groups = q.size(2) // k.size(2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    return patched(train_gpt, "causal_attention", attend)
+
+
+def leaked(distance):
+    """Each state takes in the token `distance` ahead."""
+    hidden = train_gpt.GPT.hidden
+    return patched(train_gpt.GPT, "hidden",
+                   lambda self, ids: hidden(self, ids) + train_gpt.norm(self.embedding[ids.roll(-distance, 1)]))
+
+
+def leaked_target():
+    """The score of a token knows the token: its probabilities, tried one by one, do not add up to 1."""
+    return leaked(1)
+
+
+def leaked_token():
+    return leaked(2)
+
+
+def statistics_of_the_window():
+    """States are normalized by statistics of the whole window."""
+    hidden = train_gpt.GPT.hidden
+    return patched(train_gpt.GPT, "hidden", lambda self, ids: hidden(self, ids) - hidden(self, ids).mean(1, True))
+
+
+def changed_nll(change):
+    """Scores that another function has touched: change(nats, ids, targets)."""
+    nll = train_gpt.GPT.nll
+    return patched(train_gpt.GPT, "nll", lambda self, ids, targets: change(nll(self, ids, targets), ids, targets))
+
+
+def blended_cache():
+    """A cache blended into the true token's probability alone (#886, #978): the hit rate is 0.9 for every token."""
+    return changed_nll(lambda nll, ids, targets: -(0.9 * (-nll).exp() + 0.1 * 0.9).log())
+
+
+def spread_over_bytes():
+    """A token's probability spread evenly over its bytes and mixed byte by byte (#1835): 1, 2 or 3 bytes a token."""
+    def change(nll, ids, targets):
+        count = 1 + targets % 3
+        return -count * (0.7 * (-nll / count).exp() + 0.3 / 256).log()
+    return changed_nll(change)
+
+
+def discounted():
+    """Scores a little lower than the distribution says."""
+    return changed_nll(lambda nll, ids, targets: 0.99 * nll)
+
+
+def no_partition():
+    """Logits of every other token raised after the softmax."""
+    return changed_nll(lambda nll, ids, targets: nll - 0.05 * (targets % 2))
+
+
+def chunk_windows(config, val, chunk):
+    return [w for w in windows(config, val.targets, config.eval_stride)
+            if (w[0] + config.eval_seq_len - w[1]) // config.ttt_chunk_tokens == chunk]
+
+
+def walk_in_chunks(visit):
+    """An evaluate_ttt of another order: visit(score, learn, chunk), where both take a chunk's number."""
+    def walk(config, rt, model, loss_fn, nll_fn, val):
+        scores, size = Scores(rt, val), config.ttt_chunk_tokens
+        grads = train_gpt.bind_gradients(list(model.parameters()))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+
+        def score_chunk(chunk):
+            score_windows(config, rt, nll_fn, scores, chunk_windows(config, val, chunk))
+
+        def learn(chunk, further=0):
+            tokens = val.tokens[chunk * size:min((chunk + 1) * size + further, val.targets) + 1]
+            if len(tokens) > config.eval_seq_len:
+                train_gpt.adapt(config, rt, loss_fn, optimizer, grads, tokens)
+
+        for chunk in range(-(-val.targets // size)):
+            visit(score_chunk, learn, chunk)
+        return scores
+    return patched(train_gpt, "evaluate_ttt", walk)
+
+
+def learn_before_scoring():
+    """Fine-tuning on validation tokens before scoring them (#1376, #1487, #1517), chunk by chunk."""
+    return walk_in_chunks(lambda score_chunk, learn, chunk: (learn(chunk), score_chunk(chunk)))
+
+
+def peek_beyond_the_chunk():
+    """The chunk that it learns from is one window longer than what it has scored."""
+    return walk_in_chunks(lambda score_chunk, learn, chunk: (score_chunk(chunk), learn(chunk, LENGTH)))
+
+
+def score_again():
+    """Rescores each chunk after training on it (#991)."""
+    return walk_in_chunks(lambda score_chunk, learn, chunk: (score_chunk(chunk), learn(chunk), score_chunk(chunk)))
+
+
+def changed_windows(change):
+    honest = train_gpt.windows
+    return patched(train_gpt, "windows", lambda config, targets, stride: change(honest(config, targets, stride)))
+
+
+def without_the_tail():
+    """The last partial window is dropped (many)."""
+    return changed_windows(lambda chosen: chosen[:-1])
+
+
+def subset():
+    """Half of the split (#1858)."""
+    return changed_windows(lambda chosen: chosen[:len(chosen) // 2])
+
+
+def doubled_window():
+    return changed_windows(lambda chosen: [*chosen[:3], chosen[2], *chosen[3:]])
+
+
+def backwards():
+    return changed_windows(lambda chosen: chosen[::-1])
+
+
+TTT_PLANTS = {learn_before_scoring: ["causal", "ordered"], peek_beyond_the_chunk: ["causal", "ordered"],
+              score_again: ["ordered"]}
+PLANTS = {attention_without_mask: ["causal"], leaked_token: ["causal"], leaked_target: ["normalized"],
+          statistics_of_the_window: ["causal"],
+          blended_cache: ["normalized"], spread_over_bytes: ["normalized"], discounted: ["normalized"],
+          no_partition: ["normalized"], without_the_tail: ["ordered"], subset: ["ordered"],
+          doubled_window: ["ordered"], backwards: ["ordered"]}
+CASES = [(check, mode, None) for check in CHECKS for mode in MODES] + [
+    (check, mode, plant.__name__) for mode in MODES
+    for plant, checks in {**PLANTS, **(TTT_PLANTS if mode == "ttt" else {})}.items() for check in checks]
+# On two ranks only the violations that ranks could hide.
+TWO_RANK_CASES = [case for case in CASES if case[2] in (None, *(plant.__name__ for plant in (
+    *TTT_PLANTS, doubled_window, without_the_tail)))]
+
+
+def findings(check: str, mode: str, plant: str | None, rt) -> list[str]:
+    """What a check finds in a mode under a planted violation, or in the code as it is."""
+    with globals()[plant]() if plant else contextlib.nullcontext():
+        # The patched evaluate_ttt is looked up at the call; a score that was made twice or never is a finding, too.
+        try:
+            with patched(sys.modules[__name__], "evaluate_ttt", train_gpt.evaluate_ttt), \
+                    patched(sys.modules["test_evaluation"], "evaluate_ttt", train_gpt.evaluate_ttt):
+                return CHECKS[check](mode, rt)
+        except AssertionError as error:
+            if plant is None or "tested" in str(error):
+                raise
+            return [f"refused: {error}"]
+
+
+def judge(found: list[str], plant):
+    if plant is None:
+        assert not found, found
+    else:
+        assert found, f"{plant} was not noticed"
+
+
+@pytest.mark.parametrize("check, mode, plant", CASES, ids=lambda x: x or "as it is")
+def test_conditions_on_one_rank(check, mode, plant, rt):
+    judge(findings(check, mode, plant, rt), plant)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """All their cases on two ranks, in one torchrun: {case: findings}."""
+    folder = tmp_path_factory.mktemp("two")
+    done = torchrun(2, str(Path(__file__).resolve()), cwd=folder, env={})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return json.loads((folder / "findings.json").read_text())
+
+
+@pytest.mark.parametrize("check, mode, plant", TWO_RANK_CASES, ids=lambda x: x or "as it is")
+def test_conditions_on_two_ranks(check, mode, plant, two_ranks):
+    judge(two_ranks[str((check, mode, plant))], plant)
+
+
+# --- training never sees a validation token: fine-tuning (#1376, #1487, #1517), warm-up (#1530), calibration (#1919) --
+
+TINY_RUN = dict(
+    PRESET="smoke", VOCAB_SIZE=512, NUM_LAYERS=4, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, LOOP_START=1, LOOP_END=2,
+    NUM_LOOPS=1, PARALLEL_RESIDUAL_START=3, TRAIN_SEQ_LEN=32, EVAL_SEQ_LEN=32, ROPE_TRAIN_SEQ_LEN=32, EVAL_STRIDE=16,
+    TRAIN_BATCH_TOKENS=1024, ITERATIONS=4, VAL_LOSS_EVERY=2, GPTQ_CALIBRATION_BATCHES=1, TTT_EPOCHS=1, RUN_ID="run",
+    DEVICE="cpu")
+
+
+def tiny_run_config(folder, data, **overrides) -> train_gpt.Config:
+    return train_gpt.Config.from_env({name: str(value) for name, value in {
+        **TINY_RUN, "OUT_DIR": folder / "out", "LOG_DIR": folder / "logs", "DATA_DIR": data, **overrides}.items()})
+
+
+def tiny_run(folder, data, rt, **overrides) -> dict:
+    """The whole pipeline in this process; returns the record."""
+    with patched(train_gpt, "KEPT_FP16_ELEMENTS", 4000):  # or nothing of so small a model would be quantized
+        train_gpt.run_training(tiny_run_config(folder, data, **overrides), rt)
+    rt.log_file.close()
+    rt.log_file = None
+    return json.loads((folder / "logs" / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Two data folders with the same training shards and tokenizer, and different validation splits."""
+    one, other = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("other")
+    for folder in (one, other):
+        train_gpt.write_embedded_corpus(tiny_run_config(folder, folder))
+    config = tiny_run_config(other, other)
+    path, = train_gpt.shard_files(config, "val")
+    tokens = np.array(train_gpt.open_shard(path))
+    train_gpt.write_shard(path, np.concatenate([tokens[:1], tokens[:0:-1]]))
+    return one, other
+
+
+class WatchedValidation(train_gpt.ValidationData):
+    """A validation split that notes in which stage its tokens are looked at, unless it is to score them."""
+
+    stage, looks, last = None, [], None
+
+    @property
+    def tokens(self):
+        WatchedValidation.last = self
+        if self.stage:
+            self.looks.append(self.stage)
+        return self._tokens
+
+    @tokens.setter
+    def tokens(self, value):
+        self._tokens = value
+
+    def windows(self):
+        """Inputs and targets for whoever breaks the rule."""
+        rows = self.tokens[:33 * 32].view(32, 33).long()
+        return rows[:, :-1], rows[:, 1:]
+
+
+def in_stage(name, label):
+    """Patch train_gpt.name so that WatchedValidation knows when it runs."""
+    function = getattr(train_gpt, name)
+
+    def watched(*args, **kwargs):
+        with patched(WatchedValidation, "stage", label):
+            return function(*args, **kwargs)
+    return patched(train_gpt, name, watched)
+
+
+def warm_up_on_validation():
+    """The compile warm-up runs on validation tokens (#1530)."""
+    honest = train_gpt.warm_up
+
+    def warm_up(config, rt, model, loss_fn, data):
+        honest(config, rt, model, loss_fn, data)
+        loss_fn(*WatchedValidation.last.windows())
+    return patched(train_gpt, "warm_up", warm_up)
+
+
+def calibration_on_validation():
+    """Hessians from validation tokens (#1919)."""
+    honest = train_gpt.collect_hessians
+
+    class Data:
+        def batch(self, number):
+            return [WatchedValidation.last.windows()]
+    return patched(train_gpt, "collect_hessians", lambda config, rt, model, data: honest(config, rt, model, Data()))
+
+
+def fine_tuning_on_validation():
+    """Pre-quantization test-time training on validation tokens (#1517)."""
+    honest = train_gpt.train
+
+    def train(config, rt, model, loss_fn, *rest):
+        result = honest(config, rt, model, loss_fn, *rest)
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        loss_fn(*WatchedValidation.last.windows()).backward()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        return result
+    return patched(train_gpt, "train", train)
+
+
+@pytest.mark.parametrize("plant, stage, in_artifact", [
+    (None, None, False), (warm_up_on_validation, "warm_up", False),
+    (calibration_on_validation, "make_artifact", True), (fine_tuning_on_validation, "train", True)])
+def test_training_never_looks_at_validation_tokens(plant, stage, in_artifact, corpus, tmp_path, rt):
+    """Nobody reads them but to score; and with other validation shards the same weights come out, to the last bit."""
+    results = []
+    for number, data in enumerate(corpus):
+        WatchedValidation.looks.clear()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(patched(train_gpt, "ValidationData", WatchedValidation))
+            if plant:
+                stack.enter_context(plant())
+            for name in ("warm_up", "train", "make_artifact"):
+                stack.enter_context(in_stage(name, name))
+            stack.enter_context(in_stage("evaluate", None))
+            record = tiny_run(tmp_path / str(number), data, rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+        results.append((set(WatchedValidation.looks), record))
+    (looks, one), (_, other) = results
+    assert looks == ({stage} if stage else set())
+    assert one["val_sha256"] != other["val_sha256"] and one["quantized"] != other["quantized"]
+    assert (one["artifact_sha256"] != other["artifact_sha256"]) == in_artifact
+    assert one["source_sha256"] == other["source_sha256"] and one["code_sha256"] == other["code_sha256"]
+
+
+# --- the run's own checks: loud in the log, false in the record, and every figure still written -----------------------
+
+
+def failed(record) -> set[str]:
+    return {check["name"] for check in record["checks"] if not check["ok"]}
+
+
+def learn_first_through_the_front_door():
+    """An evaluate_ttt that asks for its training tokens before they are scored."""
+    honest = train_gpt.score_windows
+    pending = []
+
+    def late(config, rt, nll_fn, scores, chosen, progress=None):
+        if progress is not None or not chosen:
+            return honest(config, rt, nll_fn, scores, chosen, progress)
+        pending.append((scores, chosen))  # scored a chunk later
+        if len(pending) > 1 and pending[-2][0] is scores:
+            honest(config, rt, nll_fn, *pending[-2])
+    return patched(train_gpt, "score_windows", late)
+
+
+@pytest.mark.parametrize("plant, check, overrides", [
+    (None, None, {}), (attention_without_mask, "causal", {}), (leaked_target, "normalized", {}),
+    (blended_cache, "normalized", {}), (discounted, "normalized", {}),
+    (doubled_window, "single_pass_sliding", {}), (without_the_tail, "single_pass_sliding", {}),
+    (subset, "single_pass_sliding", {}), (score_again, "single_pass_ttt", {}),
+    (learn_first_through_the_front_door, "score_before_update_ttt", {}),
+    (None, "full_split", {"EVAL_DROP_TAIL": 1})], ids=lambda x: getattr(x, "__name__", str(x)))
+def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, tmp_path, rt, capsys):
+    with plant() if plant else contextlib.nullcontext():
+        record = tiny_run(tmp_path, corpus[0], rt, **overrides)
+    if check:
+        assert check in failed(record) and not record["compliant"]
+        assert f"check {check}: FAILED" in capsys.readouterr().out
+    else:
+        assert not failed(record) and record["compliant"]
+        assert len(record["checks"]) == 12
+    assert all(record[stage]["val_bpb"] > 0 for stage in ("prequant", "quantized", "sliding", "ttt"))
+
+
+def test_calibration_counts_as_training_time(corpus, tmp_path, rt):
+    """Reserve 12 s, calibration alone took 13.2 s (#1541's log): what it really takes is held to the limit."""
+    honest = train_gpt.collect_hessians
+
+    def slow(*args):
+        time.sleep(2)
+        return honest(*args)
+    with patched(train_gpt, "collect_hessians", slow), patched(train_gpt, "TRAIN_LIMIT_SECONDS", 1.9):
+        record = tiny_run(tmp_path, corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, ITERATIONS=1)
+    assert record["calibration_seconds"] >= 2 and failed(record) == {"train_seconds"}
+
+
+def test_a_submission_over_the_cap_is_not_compliant(corpus, tmp_path, rt):
+    """16,024,793 bytes (#1809): the cap is decimal, and code counts."""
+    assert train_gpt.SUBMISSION_CAP_BYTES == 16_000_000
+    assert train_gpt.TRAIN_LIMIT_SECONDS == train_gpt.EVAL_LIMIT_SECONDS == 600
+    code = len(train_gpt.pack_source(SOURCE))
+    record = tiny_run(tmp_path / "a", corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+    assert record["code_bytes"] == code and record["total_bytes"] == code + record["artifact_bytes"]
+    assert record["artifact_bytes"] == (tmp_path / "a" / "out" / "final_model.ptz").stat().st_size
+    for cap, fails in ((record["total_bytes"], set()), (record["total_bytes"] - 1, {"total_bytes"})):
+        with patched(train_gpt, "SUBMISSION_CAP_BYTES", cap):
+            again = tiny_run(tmp_path / str(cap), corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+        assert failed(again) == fails
+
+
+def test_later_seeds_pack_the_same_code(corpus, tmp_path, rt):
+    """The script overwrote itself with its own wrapper, and later seeds packed the wrapper (#1858)."""
+    script = (ROOT / "train_gpt.py").read_bytes()
+    records = [tiny_run(tmp_path, corpus[0], rt, SEED=seed, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0) for seed in (1, 2)]
+    assert (ROOT / "train_gpt.py").read_bytes() == script == SOURCE
+    assert len({(record["code_sha256"], record["code_bytes"]) for record in records}) == 1
+    assert records[0]["artifact_sha256"] != records[1]["artifact_sha256"]
+    packed = (tmp_path / "out" / "train_gpt.py").read_bytes()
+    assert len(packed) == records[1]["code_bytes"] <= 20_000 and train_gpt.pack_source(packed) == packed
+
+
+def test_settings_in_the_record_are_the_settings_in_force(corpus, tmp_path, rt):
+    """submission.json, README and logs disagreed on epochs and learning rates (#1517, #1858)."""
+    record = tiny_run(tmp_path, corpus[0], rt, TTT_EPOCHS=0, MATRIX_LR=0.0123)
+    config = tiny_run_config(tmp_path, corpus[0], TTT_EPOCHS=0, MATRIX_LR=0.0123)
+    shown = {name: value for name, value in record["settings"].items() if name != "run_id"}
+    environment = {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in shown.items()}
+    again = train_gpt.Config.from_env(environment)
+    machine = ("out_dir", "log_dir", "data_dir", "run_id")
+    assert dataclasses.replace(again, **{name: getattr(config, name) for name in machine}) == config
+    log = (tmp_path / "logs" / "run.txt").read_text()
+    assert f"settings: {train_gpt.assignments(record['settings'])}" in log
+    for key in ("source_sha256", "val_sha256", "artifact_sha256", "code_sha256"):
+        assert f"{key}: {record[key]}" in log
+    assert record["source_sha256"] == train_gpt.sha256(SOURCE)
+
+
+# --- bytes: #1545, #1719 (a space counted twice), #1184, #1271 (byte pieces as 3 bytes), #897 (no lone U+2581) --------
+
+TEXTS = ["Plain words, and  two spaces.", "na\u00efve caf\u00e9 \u2014 \u4e2d\u6587 \U0001f642\U0001f9ff",
+         " leading space", "tab\tand\nnew line", "\u2581 itself and \ufffd", "x" * 40, "\u00a0\u3000wide"]
+
+
+def byte_count_outcome(sp, vocab_size, documents, tmp_path, rt, luts=None) -> bool:
+    """What the run's own check says about a split of these documents, with these byte tables."""
+    config = tiny_run_config(tmp_path, tmp_path, VOCAB_SIZE=vocab_size, EVAL_SEQ_LEN=8, EVAL_STRIDE=8)
+    texts = [*sp.encode(documents), sp.encode("a space first")[1:]]  # the decoder drops a space after BOS
+    tokens = np.concatenate([[sp.bos_id(), *ids] for ids in texts])
+    train_gpt.write_shard(config.shard_dir / "fineweb_val_000000.bin", tokens)
+    with patched(train_gpt, "build_byte_luts", luts or train_gpt.build_byte_luts):
+        val = train_gpt.ValidationData(config, rt, sp)
+    record = train_gpt.Record(config, rt, "bytes")
+    train_gpt.check_byte_count(record, config, val, sp)
+    ok = record.data["checks"][0]["ok"]
+    assert ok == (val.bytes == sum(len(sp.decode(ids).encode()) for ids in texts))
+    return ok
+
+
+def doubled_space(base, leading, boundary, sp):
+    return base + leading, leading, boundary
+
+
+def byte_pieces_of_three(base, leading, boundary, sp):
+    return torch.tensor([3 if sp.is_byte(i) else int(n) for i, n in enumerate(base)]), leading, boundary
+
+
+def space_after_boundary(base, leading, boundary, sp):
+    return base, leading, torch.zeros_like(boundary)
+
+
+def space_of_three(base, leading, boundary, sp):
+    return base + 2 * leading, leading, boundary
+
+
+@pytest.mark.parametrize("wrong", [None, doubled_space, byte_pieces_of_three, space_after_boundary, space_of_three])
+@pytest.mark.parametrize("vocab_size", ["embedded", 4096, 8192])
+def test_bytes_are_those_of_the_decoded_text(vocab_size, wrong, corpus, tmp_path, rt):
+    if vocab_size == "embedded":
+        vocab_size, config = 512, tiny_run_config(corpus[0], corpus[0])
+    else:
+        model = SHARED / "tokenizers" / f"fineweb_{vocab_size}_bpe.model"
+        if not model.is_file():
+            pytest.skip(f"{model} is not there")
+        config = tiny_run_config(tmp_path, tmp_path, VOCAB_SIZE=vocab_size, TOKENIZER_PATH=model)
+    sp = train_gpt.load_tokenizer(config)
+    honest = train_gpt.build_byte_luts
+    luts = wrong and (lambda sp, size: wrong(*honest(sp, size), sp))
+    ok = byte_count_outcome(sp, vocab_size, TEXTS, tmp_path, rt, luts)
+    assert ok == (wrong is None)
+
+
+# --- what is left ---------------------------------------------------------------------------------------------------
+
+
+def inputs_of_the_first_layer(model, ids) -> torch.Tensor:
+    seen = []
+    project = model.project
+
+    def watch(x, matrix, site):
+        if site == "attn_in.0" and not seen:
+            seen.append(x)
+        return project(x, matrix, site)
+    with torch.no_grad(), patched(model, "project", watch):
+        model.hidden(ids)
+    return seen[0]
+
+
+def smear_everywhere(ids, weight, *rest):
+    x = torch.nn.functional.linear(torch.nn.functional.one_hot(ids, weight.size(0)).to(weight.dtype), weight.T)
+    return x + 0.1 * x.roll(1, 1)
+
+
+@pytest.mark.parametrize("plant", [None, smear_everywhere])
+def test_no_smear_across_a_document_boundary(plant):
+    """A document's first input does not depend on the token before it (#1797): the same enters layer 0 there."""
+    config = small_config()
+    model = looping_model(config)
+    ids = torch.randint(3, 300, (1, 32), generator=torch.Generator().manual_seed(0))
+    ids[0, 16] = 1  # a document begins
+    other = ids.clone()
+    other[0, 15] = 3 + (ids[0, 15] - 2) % 297
+    with patched(train_gpt.F, "embedding", plant) if plant else contextlib.nullcontext():
+        one, two = (inputs_of_the_first_layer(model, x)[0, 16] for x in (ids, other))
+    assert torch.equal(one, two) == (plant is None)
+
+
+def setting_reads(source: str) -> set[str]:
+    """Attributes that the source reads outside Config's own checks."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            node.body = [n for n in node.body if getattr(n, "name", "") != "check"]
+    return {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+
+
+def test_no_flag_for_dead_code():
+    """`ttt_hash_embed: True` stood in #1541's logs: here every setting is read somewhere."""
+    names = {f.name for f in dataclasses.fields(train_gpt.Config)} - {"embedding_dim"}  # 0 or MODEL_DIM: only checked
+    assert not names - setting_reads(SOURCE.decode())
+    planted = SOURCE.decode().replace("config.ttt_epochs", "3")
+    assert planted != SOURCE.decode() and names - setting_reads(planted) == {"ttt_epochs"}
+
+
+def foreign_needs(source: str) -> set[str]:
+    """Modules that are neither Python's nor in requirements.txt, and ways to start a program or open a connection."""
+    allowed = {*sys.stdlib_module_names, "brotli", "numpy", "sentencepiece", "torch", "flash_attn_interface"}
+    used = {n.name.split(".")[0] for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import)
+            for n in node.names} | {node.module.split(".")[0] for node in ast.walk(ast.parse(source))
+                                    if isinstance(node, ast.ImportFrom)}
+    return (used - allowed) | (used & {"subprocess", "socket", "urllib", "http", "ctypes", "pickle"}) | set(
+        re.findall(r"os\.system|torch\.hub|os\.exec\w*", source))
+
+
+def test_nothing_outside_is_needed():
+    """An external binary to decode the artifact (#1855), a download, a pickle: the counted code knows none of them."""
+    counted = train_gpt.strip_source(SOURCE.decode())
+    assert not foreign_needs(counted)
+    assert foreign_needs(counted + "\nimport subprocess\nimport lrzip") == {"subprocess", "lrzip"}
+
+
+def test_the_packed_script_parses_on_python_310():
+    """#1541 did not: nested quotes in an f-string."""
+    packed = train_gpt.pack_source(SOURCE)
+    assert len(packed) <= 20_000
+    ast.parse(packed, feature_version=(3, 10))
+    ast.parse(train_gpt.strip_source(SOURCE.decode()), feature_version=(3, 10))
+    code = "import sys; from train_gpt import *; print(len(pack_source(SOURCE)))"
+    assert int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                              check=True).stdout) == len(packed)
+
+
+def main():
+    """One of several ranks: go through all cases, and write down what was found."""
+    rt = Runtime(small_config())
+    found = {str(case): findings(*case, rt) for case in TWO_RANK_CASES}
+    if rt.main:
+        Path("findings.json").write_text(json.dumps(found))
+    rt.close()
+
+
+if __name__ == "__main__":
+    main()
