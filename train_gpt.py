@@ -110,48 +110,48 @@ class Config:
     device: str = _run("auto", "auto: the GPU where there is one", choices=("auto", "cuda", "cpu"))
     compile: str = _run("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
     attention: str = _run("auto", "auto: FlashAttention-3 if importable", choices=("auto", "fa3", "sdpa", "plain"))
-    micro_batch_tokens: int = _run(0, "tokens a rank holds at a time: bounds memory; 0: 98304 on CUDA, 4096 on CPU", 0)
+    micro_batch_tokens: int = _run(0, "tokens a rank holds at a time; 0: 98304 on CUDA, 4096 on CPU", 0, 2**24)
 
     data_dir: str = _data("./data", "folder with datasets/ and tokenizers/")
     data_path: str = _data("", "folder with the shards; empty: DATA_DIR/datasets/fineweb10B_sp{VOCAB_SIZE}")
     tokenizer_path: str = _data("", "empty: DATA_DIR/tokenizers/fineweb_{VOCAB_SIZE}_bpe.model")
     corpus: str = _data("shards", "embedded: put Python's documentation there", choices=("shards", "embedded"))
-    train_batch_tokens: int = _data(786432, "tokens of one optimizer step, over all ranks", 1)
+    train_batch_tokens: int = _data(786432, "tokens of one optimizer step, over all ranks", 1, 2**30)
     train_seq_len: int = _data(2048, "tokens of one training sequence", 8, 2**17)
 
     vocab_size: int = _model(8192, "pieces of the tokenizer", 260, 65536)
     num_layers: int = _model(11, "physical layers", 1, 64)
-    model_dim: int = _model(512, "width of the residual stream", 8)
-    embedding_dim: int = _model(0, "width of the tied embedding; 0 or MODEL_DIM, nothing else", 0)
-    num_heads: int = _model(8, "query heads", 1)
-    num_kv_heads: int = _model(4, "key and value heads", 1)
+    model_dim: int = _model(512, "width of the residual stream", 8, 16384)
+    embedding_dim: int = _model(0, "width of the tied embedding; 0 or MODEL_DIM, nothing else", 0, 16384)
+    num_heads: int = _model(8, "query heads", 1, 256)
+    num_kv_heads: int = _model(4, "key and value heads", 1, 256)
     mlp_mult: float = _model(4.0, "hidden width of the MLP in units of MODEL_DIM", 0.25, 16)
-    rope_dims: int = _model(16, "rotated dimensions of each head", 2)
-    rope_base: float = _model(10000.0, "base of the rotary frequencies", 1)
-    rope_train_seq_len: int = _model(2048, "length from which on the rotary base grows", 1)
+    rope_dims: int = _model(16, "rotated dimensions of each head", 2, 1024)
+    rope_base: float = _model(10000.0, "base of the rotary frequencies", 1, 10**9)
+    rope_train_seq_len: int = _model(2048, "length from which on the rotary base grows", 1, 2**20)
     qk_gain_init: float = _model(5.25, "initial gain of each head's queries", 0, 100)
-    xsa_last_n: int = _model(11, "last layers whose attention output loses its own value's direction", 0)
+    xsa_last_n: int = _model(11, "last layers whose attention is cleared of its own value", 0, 64)
     ln_scale: bool = _model(True, "divide the input of layer i's sublayers by sqrt(i + 1)")
     parallel_residual: str = _model("improved", "improved: two lanes that mix", choices=("improved", "none"))
-    parallel_residual_start: int = _model(7, "first layer with two lanes", 0)
+    parallel_residual_start: int = _model(7, "first layer with two lanes", 0, 64)
     num_loops: int = _model(2, "further runs of layers LOOP_START..LOOP_END; 0: none", 0, 8)
-    loop_start: int = _model(3, "first looped layer", 0)
-    loop_end: int = _model(5, "last looped layer", 0)
+    loop_start: int = _model(3, "first looped layer", 0, 63)
+    loop_end: int = _model(5, "last looped layer", 0, 63)
     skip_gates_enabled: bool = _model(True, "gate the U-Net skips; 0: add them")
     logit_softcap: float = _model(30.0, "logits are bounded by this, smoothly", 1, 60)
     tied_embed_init_std: float = _model(0.005, "standard deviation of the initial embedding", 0, 1)
 
-    iterations: int = _optim(20000, "optimizer steps at most", 1)
-    max_wallclock_seconds: float = _optim(600.0, "budget of training, calibration and quantization; 0: ITERATIONS", 0)
-    gptq_reserve_seconds: float = _optim(30.0, "part of the budget left to calibration, GPTQ and packing", 0)
+    iterations: int = _optim(20000, "optimizer steps at most", 1, 10**9)
+    max_wallclock_seconds: float = _optim(600.0, "budget up to the finished artifact; 0: ITERATIONS decide", 0, 10**6)
+    gptq_reserve_seconds: float = _optim(30.0, "part of the budget left to calibration, GPTQ and packing", 0, 10**6)
     warmup_steps: int = _optim(20, "steps that compile each looping state; their effect is thrown away", 0, 1000)
-    train_log_every: int = _optim(500, "steps between two log lines (at most 30 s pass)", 1)
-    val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only after the last", 0)
+    train_log_every: int = _optim(500, "steps between two log lines (at most 30 s pass)", 1, 10**9)
+    val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only after the last", 0, 10**9)
     enable_looping_at: float = _optim(0.35, "part of the budget after which the loops run", 0, 1)
     matrix_lr: float = _optim(0.03, "Muon's learning rate", 0, 10)
     muon_momentum: float = _optim(0.97, "Muon's momentum", 0, 1)
     muon_momentum_warmup_start: float = _optim(0.92, "Muon's momentum at step 0", 0, 1)
-    muon_momentum_warmup_steps: int = _optim(1500, "steps until MUON_MOMENTUM is reached", 0)
+    muon_momentum_warmup_steps: int = _optim(1500, "steps until MUON_MOMENTUM is reached", 0, 10**9)
     muon_backend_steps: int = _optim(5, "Newton-Schulz iterations", 1, 20)
     muon_row_normalize: bool = _optim(True, "divide each row by its norm before the iteration (MuonEq-R)")
     muon_wd: float = _optim(0.095, "Muon's weight decay", 0, 10)
@@ -162,12 +162,12 @@ class Config:
     beta1: float = _optim(0.9, "AdamW", 0, 0.9999)
     beta2: float = _optim(0.95, "AdamW", 0, 0.9999)
     adam_eps: float = _optim(1e-8, "AdamW", 1e-12, 1)
-    grad_clip_norm: float = _optim(0.3, "bound of the global gradient norm; 0: none", 0)
+    grad_clip_norm: float = _optim(0.3, "bound of the global gradient norm; 0: none", 0, 10**6)
     warmdown_frac: float = _optim(0.72, "last part of the budget, over which the learning rates fall linearly", 0, 1)
     min_lr: float = _optim(0.0, "learning-rate multiplier at the end", 0, 1)
     ema_decay: float = _optim(0.9965, "decay per step of the averaged weights; 0: no averaging", 0, 0.999999)
 
-    gptq_calibration_batches: int = _quant(64, "batches of TRAIN_BATCH_TOKENS training tokens for the Hessians", 1)
+    gptq_calibration_batches: int = _quant(64, "batches of training tokens for the Hessians", 1, 10**5)
     matrix_bits: int = _quant(6, "bits of a matrix entry", 2, 8)
     matrix_clip_sigmas: float = _quant(12.85, "row scale of the matrices in standard deviations", 0.1, 1000)
     embed_bits: int = _quant(8, "bits of an embedding entry", 2, 8)
@@ -175,17 +175,17 @@ class Config:
     compressor: str = _quant("brotli", "byte compressor of the artifact", choices=("brotli", "lzma"))
 
     eval_seq_len: int = _eval(2048, "tokens of one scored window", 8, 2**17)
-    eval_stride: int = _eval(64, "targets scored by one sliding window", 1)
+    eval_stride: int = _eval(64, "targets scored by one sliding window", 1, 2**17)
     eval_drop_tail: bool = _eval(False, "leave out the last partial window, as published runs did")
-    val_batch_tokens: int = _eval(65536, "tokens of one scoring pass on one rank (never over MICRO_BATCH_TOKENS)", 1)
+    val_batch_tokens: int = _eval(65536, "tokens of one scoring pass of a rank (MICRO_BATCH_TOKENS at most)", 1, 2**24)
     sliding_window_enabled: bool = _eval(True, "score with sliding windows")
     ttt_enabled: bool = _eval(False, "score with score-first test-time training")
-    ttt_chunk_tokens: int = _eval(32768, "tokens scored before each adaptation", 1)
+    ttt_chunk_tokens: int = _eval(32768, "tokens scored before each adaptation", 1, 2**30)
     ttt_epochs: int = _eval(3, "passes over a scored chunk", 0, 100)
-    ttt_batch_seqs: int = _eval(32, "sequences of one adaptation step, over all ranks", 1)
+    ttt_batch_seqs: int = _eval(32, "sequences of one adaptation step, over all ranks", 1, 2**16)
     ttt_lr: float = _eval(0.005, "SGD's learning rate at the first chunk", 0, 10)
     ttt_momentum: float = _eval(0.9, "SGD's momentum", 0, 1)
-    ttt_grad_clip: float = _eval(1.0, "bound of the gradient norm", 0)
+    ttt_grad_clip: float = _eval(1.0, "bound of the gradient norm", 0, 10**6)
 
     records: str = _collect("", "records to collect, separated by spaces")
     reference_bpb: str = _collect("", "val_bpb of the seeds of the record to beat, separated by commas")
@@ -235,6 +235,7 @@ class Config:
              "MICRO_BATCH_TOKENS must be 0 or hold at least one window (EVAL_SEQ_LEN)"),
             (self.micro_batch_tokens == 0 or self.micro_batch_tokens >= self.train_seq_len or self.mode == "eval",
              "MICRO_BATCH_TOKENS must be 0 or hold at least one sequence (TRAIN_SEQ_LEN)"),
+            (re.fullmatch(r"[\w.-]*", self.run_id) is not None, "RUN_ID must be letters, digits, dots and dashes"),
             (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
             (self.ttt_chunk_tokens >= self.eval_seq_len, "TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
             (self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
@@ -319,11 +320,8 @@ def parse_setting(name: str, text: str, field: dataclasses.Field) -> object:
             value = kind(text.strip())
     except (KeyError, ValueError):
         value = None
-    too_low = limits["low"] is not None and value is not None and not value >= limits["low"]
-    too_high = limits["high"] is not None and value is not None and not value <= limits["high"]
-    infinite = isinstance(value, float) and not math.isfinite(value)
-    foreign = limits["choices"] is not None and value not in limits["choices"]
-    if value is None or too_low or too_high or infinite or foreign:
+    in_range = limits["low"] is None or (value is not None and limits["low"] <= value <= limits["high"])  # NaN is not
+    if value is None or not in_range or (limits["choices"] and value not in limits["choices"]):
         raise UsageError(f"{name}={text!r} is not allowed: it must be {allowed_values(field)}")
     return value
 
@@ -334,10 +332,7 @@ def allowed_values(field: dataclasses.Field) -> str:
     if limits["choices"]:
         return "one of " + ", ".join(limits["choices"])
     kind = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}[type(field.default)]
-    low, high = limits["low"], limits["high"]
-    if low is None:
-        return kind
-    return f"{kind} of at least {low}" if high is None else f"{kind} from {low} to {high}"
+    return kind if limits["low"] is None else f"{kind} from {limits['low']} to {limits['high']}"
 
 
 def variables_in(text: str) -> list[str]:
@@ -347,6 +342,7 @@ def variables_in(text: str) -> list[str]:
 
 def print_help():
     """MODE=help: print every variable with type, default, allowed values and meaning, grouped by room."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `MODE=help ... | head` ends quietly
     room = None
     for field in dataclasses.fields(Config):
         if field.metadata["room"] != room:
@@ -1744,8 +1740,9 @@ class Record:
 
     STAGES = ("prequant", "quantized", "sliding", "ttt")
     MEASURED = ("steps", "train_seconds", "calibration_seconds", "quantize_seconds", "step_ms", "tokens_per_second",
-                "peak_memory_mib", "val_tokens", "val_bytes", "val_sha256", *STAGES, "artifact_bytes", "code_bytes",
-                "total_bytes", "artifact_sha256", "code_sha256", "eval_seconds", "stopped", "compliant")
+                "peak_memory_mib", "val_tokens", "val_bytes", "val_sha256", "tokenizer_sha256", *STAGES,
+                "artifact_bytes", "code_bytes", "total_bytes", "artifact_sha256", "code_sha256", "eval_seconds", "stopped",
+                "compliant")
 
     def __enter__(self) -> Record:
         """Keep the record of a run that may end early."""
@@ -1784,6 +1781,8 @@ class Record:
         self.rt.log(f"{label} {score_line(result)}")
         self.check(f"single_pass_{name}", scores.single_pass(),
                    f"{int((scores.times_scored == 1).sum())} of {scores.val.targets} targets scored exactly once")
+        if not math.isfinite(result["val_loss"]):
+            self.check(f"finite_{name}", False, "a score is not a number")
         if scores.released:
             self.check(f"score_before_update_{name}", not scores.early,
                        f"{scores.released} targets trained on, {int(scores.early)} of them without a final score")
@@ -1811,6 +1810,25 @@ def check_byte_count(record: Record, config: Config, val: ValidationData, sp: sp
     record.check("byte_count", documents and not wrong,
                  f"{len(documents)} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables"
                  + (f", first at token {wrong[0]}" if wrong else ""))
+
+
+def document_keys(tokens: np.ndarray) -> np.ndarray:
+    """A number for the first 64 tokens of each document, the same for the same tokens: uint64 [documents]."""
+    starts = np.flatnonzero(tokens[:max(len(tokens) - 63, 0)] == 1)
+    return tokens[starts[:, None] + np.arange(64)].astype(np.uint64) @ np.random.default_rng(0).integers(
+        2**63, size=64, dtype=np.uint64)
+
+
+def check_held_out(record: Record, val: ValidationData, data: TrainData):
+    """See how many validation documents begin like a training one: some do by nature, more than 5% were copied."""
+    keys = document_keys(val.tokens.cpu().numpy())
+    found = torch.zeros(len(keys), device=record.rt.device)
+    for shard in data.shards[record.rt.rank::record.rt.world]:
+        found += torch.from_numpy(np.isin(keys, document_keys(shard))).to(found)
+    record.rt.all_reduce(found)
+    copied = int((found > 0).sum())
+    record.check("held_out", copied <= 0.05 * len(keys),
+                 f"{copied} of {len(keys)} validation documents begin with the same 64 tokens as a training document")
 
 
 @torch.no_grad()
@@ -1958,8 +1976,9 @@ def results_table(records: list[dict]) -> str:
 
 
 def is_contest_run(record: Mapping[str, object]) -> bool:
-    """Whether a record can stand for the contest: 8 H100s and a split as large as FineWeb's (40.5M tokens)."""
-    return bool("8x NVIDIA H100" in record["hardware"] and record["val_tokens"] > 40_000_000 and record["compliant"])
+    """Whether a record can stand for the contest: trained on 8 H100s, scored on as much as FineWeb's 40.5M tokens."""
+    return bool(record["mode"] == "train" and "8x NVIDIA H100" in record["hardware"] and
+                record["val_tokens"] > 40_000_000 and record["compliant"])
 
 
 def welch_test(ours: list[float], reference: list[float], margin: float) -> dict[str, object]:
@@ -2001,7 +2020,8 @@ def check_alike(records: list[dict]):
     for r in records:
         if r["compliant"] is None:
             raise UsageError(f"{r['run_id']} did not reach its end (stopped: {r['stopped']})")
-        for key in ("mode", "preset", "settings", "source_sha256", "code_sha256", "val_sha256", "hardware", "torch"):
+        for key in ("mode", "preset", "settings", "source_sha256", "code_sha256", "val_sha256", "tokenizer_sha256",
+                    "hardware", "torch"):
             mine, first = ({k: v for k, v in x[key].items() if k not in ("seed", "run_id")} if key == "settings"
                            else x[key] for x in (r, records[0]))
             if mine != first:
@@ -2039,7 +2059,7 @@ def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
         "date": max(r["date"] for r in records)[:10], "track": "10min_16mb", "seeds": [r["seed"] for r in records],
         **(figures if contest else dict.fromkeys(figures)), "python_version": first["python"],
         "pytorch_version": first["torch"], "technique_summary": f"{first['preset']}: {assignments(first['settings'])}",
-        "code_sha256": first["code_sha256"], "val_sha256": first["val_sha256"],
+        **{key: first[key] for key in ("code_sha256", "val_sha256", "tokenizer_sha256")},
         "rehearsal": None if contest else figures}
 
 
@@ -2134,8 +2154,11 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
     for key in ("run_id", "mode", "preset", "hardware", "world_size", "python", "torch", "attention_backend",
                 "source_sha256"):
         rt.log(f"{key}: {record.data[key]}")
-    rt.log(f"settings: {assignments(config.non_defaults())}\nval_sha256: {val.sha256}")
-    record.set(val_tokens=val.targets, val_bytes=val.bytes, val_sha256=val.sha256)
+    record.set(val_tokens=val.targets, val_bytes=val.bytes, val_sha256=val.sha256,
+               tokenizer_sha256=sha256(config.tokenizer.read_bytes()))
+    rt.log(f"settings: {assignments(config.non_defaults())}")
+    for key in ("val_tokens", "val_bytes", "val_sha256", "tokenizer_sha256"):
+        rt.log(f"{key}: {record.data[key]}")
     return record
 
 
@@ -2164,6 +2187,7 @@ def run_training(config: Config, rt: Runtime):
     val, data = ValidationData(config, rt, sp), TrainData(config, rt)
     with begin(config, rt, val) as record:
         check_byte_count(record, config, val, sp)
+        check_held_out(record, val, data)
         model = GPT(config).to_compute(rt)
         rt.log(f"model_params: {sum(p.numel() for p in model.parameters())}")
         nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)

@@ -8,7 +8,9 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -503,8 +505,25 @@ def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, 
         assert f"check {check}: FAILED" in capsys.readouterr().out
     else:
         assert not failed(record) and record["compliant"]
-        assert len(record["checks"]) == 12
+        assert len(record["checks"]) == 13
     assert all(record[stage]["val_bpb"] > 0 for stage in ("prequant", "quantized", "sliding", "ttt"))
+
+
+def test_a_copy_of_the_split_among_the_training_shards_is_noticed(corpus, tmp_path, rt):
+    """Training on the validation split by way of the data folder: every document of it begins like one trained on."""
+    data = tmp_path / "data"
+    shutil.copytree(corpus[0], data)
+    config = tiny_run_config(data, data)
+    copied = np.array(train_gpt.open_shard(train_gpt.shard_files(config, "val")[0]))
+    train_gpt.write_shard(config.shard_dir / "fineweb_train_000001.bin", copied[len(copied) // 2:])
+    record = tiny_run(tmp_path, data, rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, ITERATIONS=1)
+    assert failed(record) == {"held_out"} and not record["compliant"]
+
+
+def test_scores_that_are_no_numbers_are_not_compliant(corpus, tmp_path, rt):
+    with changed_nll(lambda nll, ids, targets: nll + torch.where(targets % 5 == 0, math.nan, 0)):
+        record = tiny_run(tmp_path, corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+    assert {"finite_quantized", "normalized"} <= failed(record) and not record["compliant"]
 
 
 def test_calibration_counts_as_training_time(corpus, tmp_path, rt):
@@ -555,7 +574,7 @@ def test_settings_in_the_record_are_the_settings_in_force(corpus, tmp_path, rt):
     assert dataclasses.replace(again, **{name: getattr(config, name) for name in machine}) == config
     log = (tmp_path / "logs" / "run.txt").read_text()
     assert f"settings: {train_gpt.assignments(record['settings'])}" in log
-    for key in ("source_sha256", "val_sha256", "artifact_sha256", "code_sha256"):
+    for key in ("source_sha256", "val_sha256", "tokenizer_sha256", "artifact_sha256", "code_sha256"):
         assert f"{key}: {record[key]}" in log
     assert record["source_sha256"] == train_gpt.sha256(SOURCE)
 

@@ -275,7 +275,8 @@ def test_contest_runs_are_averaged_with_worst_case_bytes(record, tmp_path, monke
 
 @pytest.mark.parametrize("change", [
     {"settings": {"ttt_epochs": 9}}, {"preset": "smoke"}, {"source_sha256": "0"}, {"code_sha256": "0"},
-    {"val_sha256": "0"}, {"hardware": "8x NVIDIA H200"}, {"torch": "2.9.0"}, {"mode": "eval"}, {"seed": 42},
+    {"val_sha256": "0"}, {"tokenizer_sha256": "0"}, {"hardware": "8x NVIDIA H200"}, {"torch": "2.9.0"},
+    {"mode": "eval"}, {"seed": 42},
     {"compliant": None, "stopped": "RunStopped"}], ids=str)
 def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch, change, capsys):
     records = contest_records(record)
