@@ -1741,8 +1741,8 @@ class Record:
     STAGES = ("prequant", "quantized", "sliding", "ttt")
     MEASURED = ("steps", "train_seconds", "calibration_seconds", "quantize_seconds", "step_ms", "tokens_per_second",
                 "peak_memory_mib", "val_tokens", "val_bytes", "val_sha256", "tokenizer_sha256", *STAGES,
-                "artifact_bytes", "code_bytes", "total_bytes", "artifact_sha256", "code_sha256", "eval_seconds", "stopped",
-                "compliant")
+                "artifact_bytes", "code_bytes", "total_bytes", "artifact_sha256", "code_sha256", "eval_seconds",
+                "stopped", "compliant")
 
     def __enter__(self) -> Record:
         """Keep the record of a run that may end early."""
