@@ -539,7 +539,7 @@ HOW_TO_GET_DATA = ("Get FineWeb with the contest's downloader (see README.md), s
 
 
 def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
-    """Load the tokenizer; raise UsageError unless it has VOCAB_SIZE pieces and BOS 1 (its bytes: build_byte_luts)."""
+    """Load the tokenizer; raise UsageError unless it has VOCAB_SIZE pieces and the contest's control ids."""
     path = config.tokenizer
     if not path.is_file():
         raise UsageError(f"no tokenizer at {path}. {HOW_TO_GET_DATA}")
@@ -549,8 +549,9 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
         raise UsageError(f"{path} is no SentencePiece model ({error})") from error
     if sp.vocab_size() != config.vocab_size:
         raise UsageError(f"{path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={config.vocab_size}")
-    if sp.bos_id() != 1:
-        raise UsageError(f"{path} has BOS id {sp.bos_id()}, but a document of a shard starts with id 1")
+    ids = [sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()]
+    if ids != [0, 1, 2, 3]:  # a document of a shard starts with BOS, 1
+        raise UsageError(f"{path} has the control ids {ids} (pad, BOS, EOS, unknown), not the contest's [0, 1, 2, 3]")
     return sp
 
 

@@ -440,11 +440,13 @@ def test_wrong_tokenizers_are_refused(tmp_path, corpus):
     foreign.write_bytes(b"no SentencePiece model")
     with pytest.raises(UsageError, match="foreign.model"):
         train_gpt.load_tokenizer(tiny_config(VOCAB_SIZE=512, TOKENIZER_PATH=foreign))
-    text = iter(["to be or not to be, that is the question"] * 20)
-    spm.SentencePieceTrainer.train(sentence_iterator=text, model_prefix=str(tmp_path / "bos"), vocab_size=300, bos_id=2,
-                                   eos_id=1, byte_fallback=True, model_type="bpe", minloglevel=2)
-    with pytest.raises(UsageError, match="bos.model has BOS id 2"):
-        train_gpt.load_tokenizer(tiny_config(VOCAB_SIZE=300, TOKENIZER_PATH=tmp_path / "bos.model"))
+    for ids in ((0, 2, 1, 3), (-1, 1, 2, 0), (3, 1, 2, 0), (0, 1, -1, 3)):
+        text = iter(["to be or not to be, that is the question"] * 20)
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=text, model_prefix=str(tmp_path / "ids"), vocab_size=300, byte_fallback=True,
+            model_type="bpe", minloglevel=2, **dict(zip(("pad_id", "bos_id", "eos_id", "unk_id"), ids)))
+        with pytest.raises(UsageError, match=r"ids.model has the control ids .*not the contest's \[0, 1, 2, 3\]"):
+            train_gpt.load_tokenizer(tiny_config(VOCAB_SIZE=300, TOKENIZER_PATH=tmp_path / "ids.model"))
 
 
 # --- files whole or not at all --------------------------------------------------------------------------------------

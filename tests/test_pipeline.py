@@ -70,6 +70,7 @@ def test_two_ranks_train_and_score_as_one(runs):
     assert one.losses[:3] == pytest.approx(two.losses[:3], abs=1e-4)
     for stage in STAGES:
         assert one.record[stage]["val_bpb"] == pytest.approx(two.record[stage]["val_bpb"], abs=1e-3)
+    assert one.record["code_sha256"] == two.record["code_sha256"]  # in folders of their own, too
     assert two.record["world_size"] == 2 and two.record["compliant"]
 
 

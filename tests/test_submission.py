@@ -1,6 +1,7 @@
 """Room 10: the packed script, the checks, the record, and what is made from records."""
 import ast
 import copy
+import inspect
 import json
 import re
 import subprocess
@@ -90,6 +91,7 @@ def test_packed_script_computes_the_same(tmp_path):
     assert torch.equal(ours(ids, ids), theirs(ids, ids))
     tensors = {"a": torch.arange(10, dtype=torch.int8)}
     assert packed.pack_artifact(tensors, {"x": 1}) == train_gpt.pack_artifact(tensors, {"x": 1})
+    assert ".project(" in inspect.getsource(packed.GPT.mlp), "its source is registered: Triton, for one, asks for it"
     assert pack_source(SOURCE) == packed.SOURCE, "the packed script must count itself, not what it unpacks to"
 
 
