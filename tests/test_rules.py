@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece as spm
 import torch
 import torch.distributed as dist
 
@@ -631,6 +632,20 @@ def test_bytes_are_those_of_the_decoded_text(vocab_size, wrong, corpus, tmp_path
     luts = wrong and (lambda sp, size: wrong(*honest(sp, size), sp))
     ok = byte_count_outcome(sp, vocab_size, TEXTS, tmp_path, rt, luts)
     assert ok == (wrong is None)
+
+
+def test_a_tokenizer_without_a_lone_space_is_refused(tmp_path):
+    """It would spend three byte pieces on one space (#897); with the piece, the same tokenizer is accepted."""
+    for characters, fits in (("", False), ("\u2581", True)):
+        text = ["ab" * 60 + " ab"] * 9  # spaces are so rare that the alphabet need not cover them
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(text), model_prefix=str(tmp_path / "m"), vocab_size=270, model_type="bpe",
+            byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, character_coverage=0.98,
+            required_chars=characters, hard_vocab_limit=False)
+        sp = spm.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+        assert sp.is_unknown(sp.piece_to_id("\u2581")) != fits
+        with contextlib.nullcontext() if fits else pytest.raises(train_gpt.UsageError, match=r"U\+2581"):
+            train_gpt.build_byte_luts(sp, sp.vocab_size())
 
 
 # --- what is left ---------------------------------------------------------------------------------------------------
