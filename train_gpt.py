@@ -65,10 +65,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:  # FlashAttention-3 is optional: a wheel for Hopper GPUs
-    from flash_attn_interface import flash_attn_func
-except ImportError:
-    flash_attn_func = None
+flash_attn_func = None  # FlashAttention-3, an optional wheel for Hopper GPUs: choose_attention imports it
 
 # torch 2.13 renames the two collectives on single tensors
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -213,7 +210,7 @@ class Config:
             base = {**PRESETS[base.get("preset", given.get("preset", cls.preset))], **base}
             config, made_with = cls(**{**base, **given}), cls(**base)
             problems += [f"{name.upper()}={getattr(config, name)}, but the artifact was made with "
-                         f"{getattr(made_with, name)}: unset it" for name in ("preset", *MODEL_SETTINGS)
+                         f"{getattr(made_with, name)}: unset it" for name in SETTLED_SETTINGS
                          if stored and getattr(config, name) != getattr(made_with, name)]
         if problems:
             raise UsageError("\n  ".join(["bad settings:", *sorted(problems)]))
@@ -222,29 +219,11 @@ class Config:
 
     def check(self):
         """Raise UsageError that names every pair of settings that does not fit together."""
-        rules = [
-            (self.model_dim % self.num_heads == 0, "NUM_HEADS must divide MODEL_DIM"),
-            (self.num_heads % self.num_kv_heads == 0, "NUM_KV_HEADS must divide NUM_HEADS"),
-            (self.embedding_dim in (0, self.model_dim), "EMBEDDING_DIM must be 0 or MODEL_DIM: the embedding is tied"),
-            (self.rope_dims % 2 == 0 and self.rope_dims <= self.model_dim // self.num_heads,
-             "ROPE_DIMS must be even and at most MODEL_DIM / NUM_HEADS"),
-            (self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
-             "LOOP_START <= LOOP_END < NUM_LAYERS must hold (NUM_LOOPS=0 switches the loops off)"),
-            (self.train_batch_tokens % self.train_seq_len == 0, "TRAIN_SEQ_LEN must divide TRAIN_BATCH_TOKENS"),
-            (self.micro_batch_tokens == 0 or self.micro_batch_tokens >= self.eval_seq_len,
-             "MICRO_BATCH_TOKENS must be 0 or hold at least one window (EVAL_SEQ_LEN)"),
-            (self.micro_batch_tokens == 0 or self.micro_batch_tokens >= self.train_seq_len or self.mode == "eval",
-             "MICRO_BATCH_TOKENS must be 0 or hold at least one sequence (TRAIN_SEQ_LEN)"),
-            (re.fullmatch(r"[\w.-]*", self.run_id) is not None, "RUN_ID must be letters, digits, dots and dashes"),
-            (self.eval_stride <= self.eval_seq_len, "EVAL_STRIDE must be at most EVAL_SEQ_LEN"),
-            (self.ttt_chunk_tokens >= self.eval_seq_len, "TTT_CHUNK_TOKENS must be at least EVAL_SEQ_LEN"),
-            (self.max_wallclock_seconds == 0 or self.gptq_reserve_seconds < self.max_wallclock_seconds,
-             "GPTQ_RESERVE_SECONDS must be less than MAX_WALLCLOCK_SECONDS"),
-        ]
-        broken = [f"{rule} ({', '.join(f'{n}={getattr(self, n.lower())}' for n in variables_in(rule))})"
-                  for holds, rule in rules if not holds]
+        values = {f.name.upper(): getattr(self, f.name) for f in dataclasses.fields(self)}
+        broken = [f"{rule} ({', '.join(f'{name}={values[name]}' for name in variables_in(rule))})"
+                  for rule in CONSTRAINTS if not eval(rule, dict(values))]
         if broken:
-            raise UsageError("\n  ".join(["settings that do not fit together:", *broken]))
+            raise UsageError("\n  ".join(["settings do not fit together; each of these must hold:", *broken]))
 
     @property
     def head_dim(self) -> int:
@@ -270,10 +249,24 @@ class Config:
                 if getattr(self, f.name) != f.default and not f.name.endswith(("_dir", "_path"))}
 
 
-MODEL_SETTINGS = tuple(f.name for f in dataclasses.fields(Config) if f.metadata["room"] == "model")
+# What must hold between settings: expressions in their variables, which an error shows as they stand.
+CONSTRAINTS = (
+    "MODEL_DIM % NUM_HEADS == 0", "NUM_HEADS % NUM_KV_HEADS == 0", "EMBEDDING_DIM in (0, MODEL_DIM)",
+    "ROPE_DIMS % 2 == 0 and ROPE_DIMS <= MODEL_DIM // NUM_HEADS",
+    "NUM_LOOPS == 0 or LOOP_START <= LOOP_END < NUM_LAYERS", "TRAIN_BATCH_TOKENS % TRAIN_SEQ_LEN == 0",
+    "MICRO_BATCH_TOKENS == 0 or EVAL_SEQ_LEN <= MICRO_BATCH_TOKENS",
+    "MICRO_BATCH_TOKENS == 0 or TRAIN_SEQ_LEN <= MICRO_BATCH_TOKENS or MODE == 'eval'",
+    "EVAL_STRIDE <= EVAL_SEQ_LEN <= TTT_CHUNK_TOKENS",
+    "MAX_WALLCLOCK_SECONDS == 0 or GPTQ_RESERVE_SECONDS < MAX_WALLCLOCK_SECONDS",
+    "all(c.isalnum() or c in '._-' for c in RUN_ID)",
+)
+
+# How an artifact was made: MODE=eval cannot change it.
+SETTLED_SETTINGS = ("preset", "seed", *(f.name for f in dataclasses.fields(Config) if f.metadata["room"] in
+                                        ("model", "optimizer", "quantization")))
 # What an artifact says of itself and brings along; folders and the machine's settings are never its business.
-STORED_SETTINGS = ("preset", "seed", *(f.name for f in dataclasses.fields(Config) if f.metadata["room"] in
-                                       ("model", "optimizer", "quantization", "evaluation")))
+STORED_SETTINGS = (*SETTLED_SETTINGS, *(f.name for f in dataclasses.fields(Config)
+                                        if f.metadata["room"] == "evaluation"))
 
 PRESETS = {
     # PR #1541 is the default system: the fields above are its values.
@@ -468,6 +461,14 @@ class Runtime:
         if any(problems):
             raise UsageError(next(filter(None, problems)))
 
+    def check_alike(self, what: str, value: object):
+        """Raise UsageError on every rank unless all have the same value: nodes have folders of their own."""
+        values: list[object] = [None] * self.world
+        dist.all_gather_object(values, value)
+        different = [rank for rank in range(self.world) if values[rank] != values[0]]
+        if different:
+            raise UsageError(f"ranks {different} have other {what}: {values[different[0]]}, rank 0 has {values[0]}")
+
     def compiled(self, function: Callable) -> Callable:
         """Return `function` compiled with static shapes where COMPILE asks for it, else as it is."""
         return torch.compile(function, dynamic=False, fullgraph=True) if self.compile else function
@@ -494,11 +495,16 @@ class Runtime:
 
 def choose_attention(wanted: str, on_gpu: bool) -> str:
     """Name the attention kernel in use: fa3, sdpa (cuDNN, flash or PyTorch's CPU kernel) or plain."""
-    if wanted == "fa3" and flash_attn_func is None:
-        raise UsageError("ATTENTION=fa3, but flash_attn_interface cannot be imported; ATTENTION=auto does without")
-    if wanted != "auto":
-        return wanted
-    return "fa3" if on_gpu and flash_attn_func and torch.cuda.get_device_capability()[0] == 9 else "sdpa"
+    global flash_attn_func
+    hopper = on_gpu and torch.cuda.get_device_capability()[0] == 9
+    if wanted == "fa3" or (wanted == "auto" and hopper):
+        try:
+            from flash_attn_interface import flash_attn_func
+        except ImportError as error:
+            if wanted == "fa3":
+                raise UsageError("ATTENTION=fa3, but flash_attn_interface cannot be imported; "
+                                 "ATTENTION=auto does without") from error
+    return wanted if wanted != "auto" else "fa3" if hopper and flash_attn_func else "sdpa"
 
 
 @contextlib.contextmanager
@@ -754,7 +760,8 @@ def write_file(path: Path, data: bytes):
 def write_embedded_corpus(config: Config):
     """Make shards and a tokenizer from the documentation topics that come with Python, unless all of them are there.
 
-    Each topic is a document; every tenth goes to the validation split. Same recipe as the contest's tokenizers.
+    Each topic is a document, unless a longer one holds it; every fifth goes to the validation split. Same recipe as the
+    contest's tokenizers.
     Raises UsageError if some of the files are there and some are not: they may be somebody's own.
     """
     there = [config.tokenizer.is_file(), *(any(config.shard_dir.glob(f"fineweb_{s}_*.bin")) for s in ("train", "val"))]
@@ -765,7 +772,9 @@ def write_embedded_corpus(config: Config):
                          "some are there and some are not; remove them or choose another DATA_DIR")
     from pydoc_data.topics import topics  # 0.5 MB of text; imported only where it is used
 
-    documents = list(dict.fromkeys(topics[name] for name in sorted(topics)))  # no text in both splits
+    documents = list(dict.fromkeys(topics[name] for name in sorted(topics)))
+    documents = [text for text in documents if not any(
+        len(text) < len(other) and text[len(text) // 2:][:200] in other for other in documents)]  # nothing twice
     model = io.BytesIO()
     lines = [line for text in documents for line in text.splitlines()]
     spm.SentencePieceTrainer.train(
@@ -774,7 +783,7 @@ def write_embedded_corpus(config: Config):
         unk_id=3, minloglevel=2)
     write_file(config.tokenizer, model.getvalue())
     sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
-    for split, chosen in (("val", documents[::10]), ("train", [d for i, d in enumerate(documents) if i % 10])):
+    for split, chosen in (("val", documents[2::5]), ("train", [d for i, d in enumerate(documents) if i % 5 != 2])):
         tokens = [token for text in chosen for token in (sp.bos_id(), *sp.encode(text))]
         write_shard(config.shard_dir / f"fineweb_{split}_000000.bin", np.array(tokens))
 
@@ -1765,11 +1774,13 @@ class Record:
             "torch": torch.__version__, "attention_backend": rt.attention, "source_sha256": sha256(SOURCE),
             **dict.fromkeys(self.MEASURED), "checks": []}
 
-    def set(self, **values):
-        """Enter figures and write the file."""
+    def set(self, **values) -> str:
+        """Enter figures and write the file; returns its SHA-256."""
         self.data.update(values)
+        content = (json.dumps(self.data, indent=2) + "\n").encode()
         if self.rt.main:
-            write_file(self.path, (json.dumps(self.data, indent=2) + "\n").encode())
+            write_file(self.path, content)
+        return sha256(content)
 
     def check(self, name: str, ok: bool, detail: str):
         """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
@@ -1796,53 +1807,75 @@ def score_line(result: Mapping[str, float]) -> str:
             f"eval_time:{result['seconds'] * 1000:.0f}ms")
 
 
-def check_byte_count(record: Record, config: Config, val: ValidationData, sp: spm.SentencePieceProcessor,
-                     most_tokens: int = 2_000_000):
-    """Hold the byte tables against the decoded text, document by document; spread samples of a large split."""
+def check_split(record: Record, config: Config, val: ValidationData, sp: spm.SentencePieceProcessor,
+                most_tokens: int = 2_000_000):
+    """Hold byte tables and tokens against the decoded text, document by document; spread samples of a large split.
+
+    Text that is encoded again must give the tokens back, or tokenizer and shards do not belong together, and a split
+    must not repeat itself: each is true of 90% at least.
+    """
     tokens = val.tokens.cpu().numpy()
-    starts = np.flatnonzero(tokens == sp.bos_id())
+    starts = np.union1d(0, np.flatnonzero(tokens == sp.bos_id()))
     ends = np.append(starts[1:], len(tokens))
     every = -(-len(tokens) // most_tokens)
-    totals = np.concatenate([[0], np.cumsum(val.target_bytes.numpy())])  # bytes of the targets before p
+    totals = np.concatenate([[0, 0], np.cumsum(val.target_bytes.numpy())])  # bytes of the targets before token p
+    wrong, foreign, documents = [], 0, list(zip(starts, ends))[::every]
     # EVAL_DROP_TAIL may cut the last document inside a character, which then decodes to something else.
-    documents = list(zip(starts, ends))[:len(starts) - config.eval_drop_tail:every]
-    wrong = [int(begin) for begin, end in documents
-             if totals[end - 1] - totals[begin] != len(sp.decode(tokens[begin:end].tolist()).encode("utf-8"))]
-    record.check("byte_count", documents and not wrong,
+    for begin, end in documents[:len(documents) - (val.left_out > 0)]:
+        part = tokens[begin:end].tolist()
+        text = sp.decode(part)
+        own = 0 if begin else int(len(sp.decode(part[:1]).encode("utf-8")))  # the split's first token is no target
+        if totals[end] - totals[begin] + own != len(text.encode("utf-8")):
+            wrong.append(int(begin))
+        foreign += sp.encode(text) != part[part[0] == sp.bos_id():]
+    record.check("byte_count", documents and not wrong and val.bytes == totals[-1],
                  f"{len(documents)} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables"
                  + (f", first at token {wrong[0]}" if wrong else ""))
+    keys = passage_keys(tokens)
+    repeated = len(keys) - len(np.unique(keys))
+    record.check("split_text", foreign <= 0.1 * len(documents) and repeated <= 0.1 * len(keys),
+                 f"{foreign} of {len(documents)} documents encode otherwise, {repeated} of {len(keys)} passages repeat")
 
 
-def document_keys(tokens: np.ndarray) -> np.ndarray:
-    """A number for the first 64 tokens of each document, the same for the same tokens: uint64 [documents]."""
-    starts = np.flatnonzero(tokens[:max(len(tokens) - 63, 0)] == 1)
-    return tokens[starts[:, None] + np.arange(64)].astype(np.uint64) @ np.random.default_rng(0).integers(
-        2**63, size=64, dtype=np.uint64)
+def passage_keys(tokens: np.ndarray) -> np.ndarray:
+    """Numbers (uint64) of passages of 64 tokens, the same for the same text, wherever it stands.
+
+    A passage begins where a hash of two tokens says so, about every 256 tokens.
+    """
+    tokens = tokens.astype(np.uint64)
+    multipliers = np.random.default_rng(0).integers(2**63, size=64, dtype=np.uint64) | np.uint64(1)
+    pair = tokens[:-1] * multipliers[0] + tokens[1:] * multipliers[1]
+    starts = np.flatnonzero(pair[:max(len(tokens) - 63, 0)] >> np.uint64(56) == 0)
+    return tokens[starts[:, None] + np.arange(64)] @ multipliers
 
 
 def check_held_out(record: Record, val: ValidationData, data: TrainData):
-    """See how many validation documents begin like a training one: some do by nature, more than 5% were copied."""
-    keys = document_keys(val.tokens.cpu().numpy())
+    """See how much of the validation split stands in the training shards: the web repeats itself, but not by 10%."""
+    keys = passage_keys(val.tokens.cpu().numpy())
     found = torch.zeros(len(keys), device=record.rt.device)
     for shard in data.shards[record.rt.rank::record.rt.world]:
-        found += torch.from_numpy(np.isin(keys, document_keys(shard))).to(found)
+        found += torch.from_numpy(np.isin(keys, passage_keys(shard))).to(found)
     record.rt.all_reduce(found)
     copied = int((found > 0).sum())
-    record.check("held_out", copied <= 0.05 * len(keys),
-                 f"{copied} of {len(keys)} validation documents begin with the same 64 tokens as a training document")
+    record.check("held_out", copied <= 0.1 * len(keys),
+                 f"{copied} of {len(keys)} passages of the split stand in the training shards")
 
 
 @torch.no_grad()
 def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, val: ValidationData):
     """Show on the spot, through the scoring functions themselves, that a score is causal and normalized."""
-    half, rows, vocab = config.eval_seq_len // 2, windows_at_once(config, record.rt), config.vocab_size
-    tokens = val.tokens[:config.eval_seq_len + 1].long().expand(rows, -1)
-    changed = torch.cat((tokens[:, :half], (tokens[:, half:] + 1) % vocab), 1)
-    same = torch.eq(*(nll_fn(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in (tokens, changed)))
-    before, after = int(same[:, :half - 1].sum()), int(same[:, half:].sum())
-    record.check("causal", before == rows * (half - 1) and after < rows,
-                 f"other tokens from {half} on: {before} of {rows * (half - 1)} scores before them are the same to the "
-                 f"last bit, {after} of those after them")
+    length, rows, vocab = config.eval_seq_len, windows_at_once(config, record.rt), config.vocab_size
+    tokens = val.tokens[:length + 1].long().expand(rows, -1)
+    ahead = torch.arange(length + 1, device=tokens.device)
+    detail, ok = [], True
+    for cut in (length // 4, length // 2):  # other tokens from here on, every third a document's first or no longer
+        other = torch.where((ahead % 3 == 0) & (tokens != 1), 1, (tokens + 1) % vocab)
+        changed = torch.where(ahead < cut, tokens, other)
+        same = torch.eq(*(nll_fn(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in (tokens, changed)))
+        before, after = int(same[:, :cut - 1].sum()), int(same[:, cut:].sum())
+        ok = ok and before == rows * (cut - 1) and after < rows
+        detail.append(f"other tokens from {cut} on leave {before} of {rows * (cut - 1)} scores before, {after} after")
+    record.check("causal", ok, "; ".join(detail))
     candidates = torch.arange(vocab, device=tokens.device)[:, None].split(max(1, record.rt.micro_batch_tokens // 9))
     mass = 0.0
     for c in candidates:  # each is the target of the last place but one, and stands in the input after it
@@ -1866,8 +1899,11 @@ def final_checks(record: Record, val: ValidationData):
                  f"code {data['code_bytes']} + artifact {data['artifact_bytes']} = {data['total_bytes']} bytes "
                  f"of {SUBMISSION_CAP_BYTES}")
     record.check("full_split", not val.left_out, f"{val.left_out} targets at the end of the split are not scored")
-    record.set(compliant=all(check["ok"] for check in data["checks"]))
-    record.rt.log(f"compliant: {data['compliant']}")
+    if data["mode"] == "train":
+        record.set(compliant=all(check["ok"] for check in data["checks"]))
+        record.rt.log(f"compliant: {data['compliant']}")
+    else:
+        record.rt.log("compliant: see the record of the run that made the artifact")
 
 
 def pack_source(source: bytes) -> bytes:
@@ -1906,28 +1942,42 @@ class SourceStripper(ast.NodeTransformer):
 
 
 def shorten_names(tree: ast.Module):
-    """Rename the program's own variables, functions and classes; one name gets one short name wherever it stands.
+    """Rename the program's own variables, functions and classes to one or two letters.
 
-    Kept: attributes, methods, fields, keywords, imports, built-ins and PUBLIC_NAMES: others know these by name.
+    A function's own names, those of functions inside it included, begin with `a` again in every function: what is alike
+    compresses. Kept: attributes, methods, fields, keywords, imports, built-ins and PUBLIC_NAMES.
     """
-    kept, counts = {*dir(builtins), *keyword.kwlist, *PUBLIC_NAMES}, collections.Counter()
-    renamed = []  # (node, attribute that holds the name)
+    kept, shared = {*dir(builtins), *keyword.kwlist, *PUBLIC_NAMES}, collections.Counter()
     holders = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: "name", ast.ExceptHandler: "name"}
+    functions = [node for top in tree.body for node in getattr(top, "body", ()) if isinstance(top, ast.ClassDef)]
+    functions = [node for node in (*tree.body, *functions) if isinstance(node, ast.FunctionDef)]
+    local = {id(node) for function in functions for node in ast.walk(function) if node is not function}
     for node in ast.walk(tree):
         if isinstance(node, (ast.keyword, ast.alias)):
             kept.add(node.arg if isinstance(node, ast.keyword) else (node.asname or node.name).split(".")[0])
         for item in node.body if isinstance(node, ast.ClassDef) else ():
             targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", item)]
             kept.update(getattr(target, holders.get(type(target), ""), None) for target in targets)
-        if getattr(node, holders.get(type(node), ""), None):
-            renamed.append((node, holders[type(node)]))
-            counts[getattr(*renamed[-1])] += 1
-    letters = string.ascii_letters
-    fresh = (name for name in (*letters, *map("".join, itertools.product(letters, repeat=2)))
-             if name not in kept and name not in counts)
-    short = {name: next(fresh) for name, _ in counts.most_common() if name not in kept and len(name) > 1}
-    for node, attribute in renamed:
-        setattr(node, attribute, short.get(getattr(node, attribute), getattr(node, attribute)))
+        if id(node) not in local and getattr(node, holders.get(type(node), ""), None):
+            shared[getattr(node, holders[type(node)])] += 1
+
+    def rename(nodes, short: dict[str, str], fresh: Iterator[str]):
+        for node in nodes:
+            name = getattr(node, holders.get(type(node), ""), None)
+            if name and name not in kept:
+                if name not in short:
+                    short[name] = next(fresh)
+                setattr(node, holders[type(node)], short[name])
+
+    letters = [c for c in string.ascii_letters if c not in kept]
+    pairs = ("".join(pair) for pair in itertools.product(string.ascii_letters, repeat=2))
+    pairs = (pair for pair in pairs if pair not in kept)
+    short = {name: next(pairs) for name, _ in shared.most_common() if name not in kept}
+    for function in functions:
+        numbered = (c + digit for digit in string.digits for c in letters)
+        rename([node for node in ast.walk(function) if node is not function], dict(short),
+               itertools.chain(letters, numbered))
+    rename([node for node in ast.walk(tree) if id(node) not in local], short, pairs)
 
 
 def strip_source(source: str) -> str:
@@ -1950,7 +2000,8 @@ def compress_source(source: bytes) -> bytes:
     The unpacked source is registered with linecache, for whoever inspects the running code.
     """
     packed = brotli.compress(strip_source(source.decode()).encode(), quality=11, lgwin=24)
-    literal = packed.decode("latin1").replace("\\", r"\\").replace("\r", r"\r").replace('"', r"\"")
+    literal = packed.decode("latin1").replace("\\", r"\\").replace("\r", r"\r").replace('""', r'"\"')
+    literal = re.sub('"$', r'\"', literal)
     literal = re.sub("\0(?=[0-7])", r"\\x00", literal).replace("\0", r"\0")
     program = (f'import brotli,linecache\ns=brotli.decompress("""{literal}""".encode("latin1")).decode()\nf="unpacked_"'
                '+__name__\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\nexec(compile(s,f,"exec"))\n')
@@ -1977,9 +2028,10 @@ def results_table(records: list[dict]) -> str:
 
 
 def is_contest_run(record: Mapping[str, object]) -> bool:
-    """Whether a record can stand for the contest: trained on 8 H100s, scored on as much as FineWeb's 40.5M tokens."""
-    return bool(record["mode"] == "train" and "8x NVIDIA H100" in record["hardware"] and
-                record["val_tokens"] > 40_000_000 and record["compliant"])
+    """Whether a record can stand for the contest: trained on 8 H100s, a split of FineWeb's size, compliant."""
+    return (record["mode"] == "train" and record["world_size"] == 8 and record["compliant"] is True
+            and record["hardware"].startswith("8x NVIDIA H100")
+            and record["val_tokens"] > 40_000_000 and 150e6 < record["val_bytes"] < 155e6)
 
 
 def welch_test(ours: list[float], reference: list[float], margin: float) -> dict[str, object]:
@@ -2004,7 +2056,10 @@ def read_records(config: Config) -> list[dict]:
     records = []
     for path in map(Path, config.records.split()):
         try:
-            records.append(json.loads(path.read_text(encoding="utf-8")))
+            content, log = path.read_bytes(), path.with_suffix(".txt").read_text(encoding="utf-8")
+            if not log.endswith(f"SHA-256 {sha256(content)}\n"):
+                raise ValueError("its log does not end with its SHA-256: the run did not end, or one was changed")
+            records.append(json.loads(content))
             missing = {"checks", "settings", *Record.MEASURED} - set(records[-1])
             if missing:
                 raise ValueError(f"without {', '.join(sorted(missing))}")
@@ -2019,8 +2074,8 @@ def read_records(config: Config) -> list[dict]:
 def check_alike(records: list[dict]):
     """Raise UsageError unless the records are finished runs of one system that differ by nothing but the seed."""
     for r in records:
-        if r["compliant"] is None:
-            raise UsageError(f"{r['run_id']} did not reach its end (stopped: {r['stopped']})")
+        if r["mode"] != "train" or r["compliant"] is None:
+            raise UsageError(f"{r['run_id']} is no finished run of MODE=train (stopped: {r['stopped']})")
         for key in ("mode", "preset", "settings", "source_sha256", "code_sha256", "val_sha256", "tokenizer_sha256",
                     "hardware", "torch"):
             mine, first = ({k: v for k, v in x[key].items() if k not in ("seed", "run_id")} if key == "settings"
@@ -2028,8 +2083,9 @@ def check_alike(records: list[dict]):
             if mine != first:
                 raise UsageError(f"{r['run_id']} and {records[0]['run_id']} cannot make one submission: {key} differs "
                                  f"({mine} and {first})")
-    if len({r["seed"] for r in records}) < len(records):
-        raise UsageError("two of the records have the same seed: one of them would be picked, or counted twice")
+    for key in ("seed", "artifact_sha256"):
+        if len({r[key] for r in records}) < len(records):
+            raise UsageError(f"two of the records have the same {key}: a run would be picked, or counted twice")
 
 
 def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
@@ -2053,7 +2109,8 @@ def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
                                           "total_bytes": r["total_bytes"]} for r in records},
         "bytes_total": max(r["total_bytes"] for r in records), "bytes_code": max(r["code_bytes"] for r in records),
         "hardware": first["hardware"],
-        "compliance": {**passed, "three_seeds": len(records) >= 3, "all": all(r["compliant"] for r in records)},
+        "compliance": {**passed, "three_seeds": len(records) >= 3,
+                       "all_checks": all(r["compliant"] for r in records)},
         "significance": welch_test(nats, reference, 0.005) if reference else None}
     return {
         "author": config.author or None, "github_id": config.github_id or None, "name": config.submission_name or None,
@@ -2080,12 +2137,11 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
               f"--nproc_per_node={records[0]['world_size']} train_gpt.py\n\n## Checks\n\n{checks}\n")
     files = {"train_gpt.py": code, "README.md": readme.encode(),
              "submission.json": (json.dumps(submission, indent=2) + "\n").encode()}
-    for path, record in zip(map(Path, config.records.split()), records):
-        log = path.with_suffix(".txt")
-        said = log.read_text(encoding="utf-8") if log.is_file() else ""
-        if not all(score_line(record[stage]) in said for stage in Record.STAGES if record[stage]):
-            raise UsageError(f"{log} does not say what {path} says: a submission needs both, as the run wrote them")
-        files.update({p.name: p.read_bytes() for p in (path, log)})
+    for path in map(Path, config.records.split()):
+        for p in (path, path.with_suffix(".txt")):
+            if p.name in files:
+                raise UsageError(f"two files of the submission would be called {p.name}: rename the run")
+            files[p.name] = p.read_bytes()
     for name, data in files.items():
         write_file(folder / name, data)
     with tempfile.TemporaryDirectory() as other:
@@ -2145,7 +2201,11 @@ def collect(config: Config):
 
 
 def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
-    """Seed everything, open log and record, and say what runs on what."""
+    """Seed everything, open log and record, and say what runs on what; raise UsageError if ranks differ in it."""
+    tokenizer = sha256(config.tokenizer.read_bytes())
+    for what, value in (("settings", assignments(config.non_defaults())), ("code", sha256(SOURCE)),
+                        ("validation tokens", val.sha256), ("tokenizer", tokenizer)):
+        rt.check_alike(what, value)
     random.seed(config.seed)
     np.random.seed(config.seed)
     torch.manual_seed(config.seed)
@@ -2156,7 +2216,7 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
                 "source_sha256"):
         rt.log(f"{key}: {record.data[key]}")
     record.set(val_tokens=val.targets, val_bytes=val.bytes, val_sha256=val.sha256,
-               tokenizer_sha256=sha256(config.tokenizer.read_bytes()))
+               tokenizer_sha256=tokenizer)
     rt.log(f"settings: {assignments(config.non_defaults())}")
     for key in ("val_tokens", "val_bytes", "val_sha256", "tokenizer_sha256"):
         rt.log(f"{key}: {record.data[key]}")
@@ -2186,8 +2246,9 @@ def run_training(config: Config, rt: Runtime):
             write_embedded_corpus(config)
     sp = load_tokenizer(config)
     val, data = ValidationData(config, rt, sp), TrainData(config, rt)
+    rt.check_alike("training shards", [len(shard) for shard in data.shards])
     with begin(config, rt, val) as record:
-        check_byte_count(record, config, val, sp)
+        check_split(record, config, val, sp)
         check_held_out(record, val, data)
         model = GPT(config).to_compute(rt)
         rt.log(f"model_params: {sum(p.numel() for p in model.parameters())}")
@@ -2209,7 +2270,10 @@ def run_training(config: Config, rt: Runtime):
         for name, content in (("final_model.pt", weights_file(model)), (ARTIFACT_NAME, artifact),
                               ("train_gpt.py", pack_source(SOURCE))):
             write_output(config, rt, name, content)
-        score_artifact(config, rt, record, val, rt.broadcast_bytes(read_artifact(config.out_dir) if rt.main else None))
+        stored = rt.broadcast_bytes(read_artifact(config.out_dir) if rt.main else None)
+        if rt.main and stored != artifact:
+            raise ArtifactError(f"another run has written to OUT_DIR={config.out_dir} meanwhile")
+        score_artifact(config, rt, record, val, stored)
 
 
 def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data: TrainData) -> bytes | None:
@@ -2264,7 +2328,7 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
         record.stage("ttt", "quantized_ttt", evaluate_ttt(config, rt, model, loss_fn, nll_fn, val))
     record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())
     final_checks(record, val)
-    rt.log(f"record: {record.path}")
+    rt.log(f"record: {record.path.name}, SHA-256 {record.set()}")  # the log's last line vouches for the record
 
 
 def run_evaluation(config: Config, rt: Runtime):
@@ -2273,7 +2337,7 @@ def run_evaluation(config: Config, rt: Runtime):
     sp = load_tokenizer(config)
     val = ValidationData(config, rt, sp)
     with begin(config, rt, val) as record:
-        check_byte_count(record, config, val, sp)
+        check_split(record, config, val, sp)
         score_artifact(config, rt, record, val, read_artifact(config.out_dir))
 
 
@@ -2311,7 +2375,12 @@ def read_config(env: Mapping[str, str]) -> Config:
 def main():
     """Do what MODE says; bad input ends in one clear message and exit code 2, before any work."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic scores
+    here = Path(__file__).resolve()
     try:
+        files = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
+        strangers = {file.name for file in files if file.is_absolute() and file.resolve().parent == here.parent}
+        if strangers - {here.name}:
+            raise UsageError(f"{', '.join(strangers - {here.name})}: imported from the script's folder, not counted")
         config = read_config(os.environ)
         if config.mode == "help":
             return print_help()

@@ -356,8 +356,9 @@ def test_the_artifacts_compressor_is_the_settings():
 @pytest.mark.parametrize("env, conflict", [
     ({}, "NUM_LAYERS=10"), ({}, "LOGIT_SOFTCAP=20"), ({}, "LN_SCALE=0"), ({"NUM_LAYERS": "9"}, "NUM_LAYERS=11"),
     ({"PRESET": "smoke"}, "VOCAB_SIZE=8192"), ({"PRESET": "smoke"}, "NUM_LOOPS=1"),
-    ({"PRESET": "smoke"}, "PRESET=pr1541"), ({}, "PRESET=smoke")])
-def test_another_model_than_the_artifacts_is_refused(env, conflict):
+    ({"PRESET": "smoke"}, "PRESET=pr1541"), ({}, "PRESET=smoke"), ({}, "SEED=7"), ({}, "MATRIX_LR=0.5"),
+    ({}, "MATRIX_BITS=2"), ({}, "ITERATIONS=7"), ({}, "MAX_WALLCLOCK_SECONDS=900")])
+def test_what_an_artifact_was_made_with_cannot_be_changed(env, conflict):
     stored = stored_settings(Config.from_env(env))
     name, value = conflict.split("=")
     with pytest.raises(UsageError, match=f"(?s){name}.*artifact"):

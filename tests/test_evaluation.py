@@ -26,7 +26,9 @@ def small_config(**overrides) -> train_gpt.Config:
 
 def random_split(targets: int, config, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
-    return fake_validation(torch.randint(3, config.vocab_size, (targets + 1,), generator=generator), config)
+    tokens = torch.randint(3, config.vocab_size, (targets + 1,), generator=generator)
+    tokens[torch.rand(targets + 1, generator=generator) < 0.05] = 1  # documents begin
+    return fake_validation(tokens, config)
 
 
 def looping_model(config):
@@ -131,7 +133,7 @@ def test_ttt_equals_a_slow_loop(overrides, targets):
     assert (score("ttt", config, model, val) - expected).abs().max() < 1e-4
     chunk, sliding = config.ttt_chunk_tokens, score("sliding", config, model, val)
     assert torch.equal(score("ttt", config, model, val)[:chunk], sliding[:chunk])  # nothing is learned yet
-    assert (sliding - expected)[chunk + STRIDE:].abs().mean() > 0.05  # ... and then it is
+    assert (sliding - expected)[chunk + STRIDE:].abs().mean() > 0.03  # ... and then it is
 
 
 def test_no_update_follows_the_last_chunk():
@@ -210,7 +212,7 @@ def test_two_ranks_score_like_one(tmp_path):
     val, model = random_split(TARGETS, config), looping_model(config)
     for mode, found in json.loads((tmp_path / "scores.json").read_text()).items():
         found, expected = torch.tensor(found, dtype=torch.float64), score(mode, config, model, val)
-        assert abs(float(found.mean() - expected.mean())) / math.log(2) < 1e-5, mode  # bits per byte, a byte per target
+        assert abs(float(found.sum() - expected.sum())) / math.log(2) / val.bytes < 1e-5, mode
         assert (found - expected).abs().max() < 1e-4, mode
 
 

@@ -103,6 +103,7 @@ def test_packed_script_scores_the_artifact_alone(runs, tmp_path):
     for stage in STAGES[1:]:
         assert {**again[stage], "seconds": 0} == {**runs[0].record[stage], "seconds": 0}
     assert again["code_sha256"] == runs[0].record["code_sha256"] and again["prequant"] is None
+    assert again["compliant"] is None and all(check["ok"] for check in again["checks"])
 
 
 @pytest.mark.slow
@@ -140,6 +141,22 @@ def test_bad_input_ends_in_one_message_before_any_work(tmp_path, ranks, env, mes
     done = torchrun(ranks, str(ROOT / "train_gpt.py"), cwd=tmp_path, env={**SMALL, **env})
     assert done.returncode != 0 and done.stderr.count(message) == 1
     assert "train_loss" not in done.stdout and not (tmp_path / "logs").exists()
+
+
+OWN_SEED = """
+import os, runpy, sys
+os.environ["SEED"] = os.environ["RANK"]
+runpy.run_path(sys.argv[1], run_name="__main__")
+"""
+
+
+def test_ranks_that_are_told_different_things_are_refused(runs, tmp_path):
+    """Nodes have variables and folders of their own: settings, code, splits and shards are compared."""
+    shutil.copytree(runs[0].folder / "out" / "smoke_data", tmp_path / "out" / "smoke_data")
+    (tmp_path / "own_seed.py").write_text(OWN_SEED)
+    done = torchrun(2, "own_seed.py", str(ROOT / "train_gpt.py"), cwd=tmp_path, env=SMALL)
+    assert done.returncode != 0 and "ranks [1] have other settings: " in done.stderr, done.stderr
+    assert "train_loss" not in done.stdout
 
 
 def start(folder, runs, **env):

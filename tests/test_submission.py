@@ -1,9 +1,11 @@
 """Room 10: the packed script, the checks, the record, and what is made from records."""
 import ast
 import copy
+import difflib
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -118,6 +120,15 @@ def test_the_packed_script_helps_and_packs_itself(tmp_path):
     assert (tmp_path / "made" / "train_gpt.py").read_bytes() == code
 
 
+def test_code_beside_the_script_is_refused(tmp_path):
+    """It would run, and not be counted."""
+    (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE))
+    shutil.copy(difflib.__file__, tmp_path / "difflib.py")
+    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"MODE": "help", "PATH": ""})
+    assert done.returncode == 2 and "difflib.py: imported from the script's folder, not counted" in done.stderr
+
+
 def test_source_has_only_python_310_grammar():
     ast.parse(SOURCE, feature_version=(3, 10))
     for node in ast.walk(ast.parse(SOURCE)):  # nested same quotes in an f-string: PR #1541 did not parse on 3.10
@@ -180,7 +191,7 @@ def test_dropped_tail_is_not_compliant(record):
 def test_single_pass_check_counts_targets(record, rt):
     """A target scored twice or never fails the check, and the figure is written all the same."""
     for plant in (lambda s: None, lambda s: s.add(torch.tensor([[3]]), torch.ones(1, 1))):
-        val = fake_validation(torch.ones(11), tiny_config())
+        val = fake_validation(torch.full((11,), 7), tiny_config())
         scores = train_gpt.Scores(rt, val)
         scores.add(torch.arange(10)[None], torch.ones(1, 10))
         plant(scores)
@@ -200,17 +211,43 @@ class Characters:
     def decode(self, ids):
         return "".join(chr(i) for i in ids if i > 1)
 
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+
+class Folding(Characters):
+    """Decodes one more token to what another stands for."""
+
+    def decode(self, ids):
+        return super().decode([97 if i == 250 else i for i in ids])
+
+
+def test_the_splits_text_must_be_its_tokens_and_not_repeat_itself(record):
+    rng = np.random.default_rng(0)
+    document = np.concatenate([[1], rng.integers(97, 120, 20_000)])
+    other = np.concatenate([[1], rng.integers(97, 120, 20_000)])
+    changed = document.copy()
+    changed[5] = 250  # decodes to what encodes to another token
+    for documents, ok in (((document, other), True), ((document, document), False), ((changed, other), False)):
+        tokens = np.concatenate(documents)
+        val = fake_validation(tokens, tiny_config())
+        val.target_bytes = torch.tensor((tokens[1:] > 1).astype(np.int64))
+        val.bytes = int(val.target_bytes.sum())
+        record.data["checks"].clear()
+        train_gpt.check_split(record, tiny_config(), val, Folding())
+        assert outcome(record, "byte_count") and outcome(record, "split_text") == ok
+
 
 def test_byte_count_check_sees_a_doubled_space(record):
     tokens = np.array([1, 97, 98, 32, 99, 1, 97, 32, 32, 98, 1, 99])
     val = fake_validation(tokens, tiny_config())
-    val.target_bytes = torch.tensor((tokens[1:] > 1).astype(np.int64))
-    train_gpt.check_byte_count(record, tiny_config(), val, Characters())
-    assert outcome(record, "byte_count")
-    record.data["checks"].clear()
-    val.target_bytes = val.target_bytes + torch.tensor((tokens[1:] == 32).astype(np.int64))
-    train_gpt.check_byte_count(record, tiny_config(), val, Characters())
-    assert not outcome(record, "byte_count")
+    honest = torch.tensor((tokens[1:] > 1).astype(np.int64))
+    doubled = honest + torch.tensor((tokens[1:] == 32).astype(np.int64))
+    for target_bytes, total, ok in ((honest, 9, True), (doubled, 12, False), (honest, 10, False)):
+        val.target_bytes, val.bytes = target_bytes, total
+        record.data["checks"].clear()
+        train_gpt.check_split(record, tiny_config(), val, Characters())
+        assert outcome(record, "byte_count") == ok
 
 
 def test_record_is_complete_json_with_null_for_what_was_not_measured(record):
@@ -230,8 +267,8 @@ def collected(tmp_path, monkeypatch, records, readme=None, **settings):
     monkeypatch.chdir(tmp_path)
     for i, record in enumerate(records):
         (tmp_path / f"{i}.json").write_text(json.dumps(record))
-        lines = [train_gpt.score_line(record[stage]) for stage in Record.STAGES if record[stage]]
-        (tmp_path / f"{i}.txt").write_text("\n".join(["5/5 train_loss: 2.5 train_time: 1.0m tok/s: 9", *lines]))
+        digest = train_gpt.sha256((tmp_path / f"{i}.json").read_bytes())
+        (tmp_path / f"{i}.txt").write_text(f"5/5 train_loss: 2.5 train_time: 1.0m tok/s: 9\nrecord: SHA-256 {digest}\n")
     if readme:
         (tmp_path / "README.md").write_text(readme)
     train_gpt.collect(tiny_config(records=" ".join(f"{i}.json" for i in range(len(records))), **settings))
@@ -244,8 +281,13 @@ def contest_records(record, bpb=(1.07, 1.08, 1.09), **changed) -> list[dict]:
     records = []
     for i, (seed, x) in enumerate(zip((42, 314, 999, 7), bpb)):
         records.append(copy.deepcopy(record.data))
-        records[-1].update(run_id=f"run{seed}", seed=seed, hardware="8x NVIDIA H100 80GB HBM3", val_tokens=40_540_802,
-                           total_bytes=15_980_000 + i, ttt={"val_loss": 2.5 * x, "val_bpb": x, "seconds": 9.0})
+        records[-1].update(run_id=f"run{seed}", seed=seed, hardware="8x NVIDIA H100 80GB HBM3", world_size=8,
+                           val_tokens=40_540_802, val_bytes=151_000_000, artifact_sha256=str(seed),
+                           total_bytes=15_980_000 + i,
+                           quantized={"val_loss": 2.6 * x, "val_bpb": x + 0.03, "seconds": 9.0},
+                           prequant={"val_loss": 2.0, "val_bpb": 0.9, "seconds": 9.0},
+                           sliding={"val_loss": 2.55 * x, "val_bpb": x + 0.02, "seconds": 9.0},
+                           ttt={"val_loss": 2.5 * x, "val_bpb": x, "seconds": 9.0})
         records[-1].update(changed)
     return records
 
@@ -271,6 +313,9 @@ def test_contest_runs_are_averaged_with_worst_case_bytes(record, tmp_path, monke
     assert submission["author"] == "A. Uthor" and submission["rehearsal"] is None and submission["name"] is None
     assert submission["compliance"]["three_seeds"] and submission["compliance"]["train_seconds"]
     assert submission["track"] == "10min_16mb" and submission["pytorch_version"] == torch.__version__
+    found = train_gpt.results_table(contest_records(record, (1.07,))).splitlines()[-1]
+    assert found == ("| run42 | 8x NVIDIA H100 80GB HBM3 | 40540802 | 5 | 1000 | 0.9000 | 1.1000 | 1.0900 | 1.0700 | "
+                     "15980000 |"), "prequant, quantized, sliding, TTT"
     table = train_gpt.results_table(contest_records(record)[::-1])
     assert table.index("run42") < table.index("run314") < table.index("run999"), "best first"
 
@@ -278,16 +323,24 @@ def test_contest_runs_are_averaged_with_worst_case_bytes(record, tmp_path, monke
 @pytest.mark.parametrize("change", [
     {"settings": {"ttt_epochs": 9}}, {"preset": "smoke"}, {"source_sha256": "0"}, {"code_sha256": "0"},
     {"val_sha256": "0"}, {"tokenizer_sha256": "0"}, {"hardware": "8x NVIDIA H200"}, {"torch": "2.9.0"},
-    {"mode": "eval"}, {"seed": 42},
-    {"compliant": None, "stopped": "RunStopped"}], ids=str)
+    {"mode": "eval"}, {"seed": 42}, {"artifact_sha256": "42"}, {"compliant": None, "stopped": "RunStopped"}], ids=str)
 def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch, change, capsys):
     records = contest_records(record)
     records[1].update(change)
     key, = list(change)[:1]
-    with pytest.raises(UsageError, match="seed" if key == "seed" else "end" if key == "compliant" else key):
+    with pytest.raises(UsageError, match="no finished run" if key in ("mode", "compliant") else key):
         collected(tmp_path, monkeypatch, records)
     assert not (tmp_path / "submission.json").exists()
     assert "run999" in capsys.readouterr().out, "the table is printed for any records"
+
+
+@pytest.mark.parametrize("change", [
+    {"hardware": "48x NVIDIA H100 80GB HBM3"}, {"hardware": "8x NVIDIA H200"}, {"hardware": "4x NVIDIA H100 80GB HBM3"},
+    {"world_size": 16}, {"val_tokens": 8_000_000}, {"val_bytes": 300_000_000}, {"val_bytes": 30_000_000},
+    {"compliant": False}], ids=str)
+def test_only_the_contests_machine_and_split_fill_its_figures(record, tmp_path, monkeypatch, change):
+    submission = collected(tmp_path, monkeypatch, contest_records(record, **change))
+    assert submission["val_bpb"] is None and submission["rehearsal"]["val_bpb"] == pytest.approx(1.08)
 
 
 def test_one_run_that_breaks_a_rule_takes_the_others_figures(record, tmp_path, monkeypatch):
@@ -295,7 +348,7 @@ def test_one_run_that_breaks_a_rule_takes_the_others_figures(record, tmp_path, m
     records[2]["compliant"] = False
     records[2]["checks"][0] = {**records[2]["checks"][0], "ok": False}
     submission = collected(tmp_path, monkeypatch, records)
-    assert submission["val_bpb"] is None and not submission["rehearsal"]["compliance"]["all"]
+    assert submission["val_bpb"] is None and not submission["rehearsal"]["compliance"]["all_checks"]
     assert not submission["rehearsal"]["compliance"][records[2]["checks"][0]["name"]]
 
 
@@ -336,12 +389,27 @@ def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypa
     assert json.loads((folder / "submission.json").read_text()) == submission
     readme = (folder / "README.md").read_text()
     assert "| run42 |" in readme and "total_bytes ok" in readme
-    (tmp_path / "1.txt").write_text("val_loss:1.0 val_bpb:0.9 eval_time:5ms")
-    config = tiny_config(records="0.json 1.json 2.json", submission_name="x")
-    with pytest.raises(UsageError, match="1.txt does not say what 1.json says"):
-        train_gpt.collect(config)
     with pytest.raises(UsageError, match="made by other code"):
         collected(tmp_path, monkeypatch, contest_records(record, code_sha256="0"), submission_name="x")
+
+
+@pytest.mark.parametrize("name", ["1.json", "1.txt"])
+def test_a_record_or_log_that_was_changed_is_refused(record, tmp_path, monkeypatch, name):
+    """The log's last line is the record's hash: a figure cannot be changed in one of them."""
+    collected(tmp_path, monkeypatch, contest_records(record))
+    path = tmp_path / name
+    text = path.read_text()
+    path.write_text(text.replace("1.08", "1.07") if name == "1.json" else text[:-9] + "00000000\n")
+    with pytest.raises(UsageError, match="1.json is no record of a run.*SHA-256"):
+        train_gpt.collect(tiny_config(records="0.json 1.json 2.json"))
+
+
+def test_files_of_one_name_are_refused(record, tmp_path, monkeypatch):
+    collected(tmp_path, monkeypatch, contest_records(record)[:1])
+    (tmp_path / "0.json").rename(tmp_path / "submission.json")
+    (tmp_path / "0.txt").rename(tmp_path / "submission.txt")
+    with pytest.raises(UsageError, match="two files of the submission would be called submission.json"):
+        train_gpt.collect(tiny_config(records="submission.json", submission_name="x"))
 
 
 def test_runs_are_drawn_where_matplotlib_is(record, tmp_path, monkeypatch, capsys):
