@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ class Run:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    return Run(folder / "one", 1), Run(folder / "two", 2)
+    with ThreadPoolExecutor(2) as pool:
+        return tuple(pool.map(Run, (folder / "one", folder / "two"), (1, 2)))
 
 
 STAGES = ("prequant", "quantized", "sliding", "ttt")
@@ -198,7 +200,7 @@ def test_a_full_disk_loses_no_artifact(runs, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     done = subprocess.run(
         [sys.executable, str(ROOT / "train_gpt.py")], cwd=tmp_path, capture_output=True, text=True, timeout=240,
-        env={**os.environ, **SMALL, "SEED": "2", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **SMALL, "SEED": "2", "ITERATIONS": "1", "OMP_NUM_THREADS": "1"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
     assert done.returncode == 1 and "train_gpt.py: [Errno 27]" in done.stderr and "Traceback" not in done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before

@@ -341,7 +341,13 @@ def judge(found: list[str], plant):
         assert found, f"{plant} was not noticed"
 
 
-@pytest.mark.parametrize("check, mode, plant", CASES, ids=lambda x: x or "as it is")
+def thinned(cases, fast):
+    """The cases as pytest takes them; those that are not `fast` are for the slow set."""
+    return [case if fast(case) else pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("check, mode, plant", thinned(CASES, lambda case: (
+    case[2] is None or case[1] == "sliding" or globals()[case[2]] in TTT_PLANTS)), ids=lambda x: x or "as it is")
 def test_conditions_on_one_rank(check, mode, plant, rt):
     judge(findings(check, mode, plant, rt), plant)
 
@@ -589,8 +595,9 @@ def better_than_it_says():
     return patched(train_gpt, "score_windows", score_windows)
 
 
-@pytest.mark.parametrize("plant", [None, fine_tuned_before_scoring, adapted_twice, sliding_after_adaptation,
-                                   documents_begin_free, better_than_it_says])
+@pytest.mark.parametrize("plant", [None, fine_tuned_before_scoring, adapted_twice, *(
+    pytest.param(plant, marks=pytest.mark.slow)
+    for plant in (sliding_after_adaptation, documents_begin_free, better_than_it_says))])
 def test_a_whole_runs_figures_come_out_again_from_its_files(plant, short_split, tmp_path, rt):
     """From OUT_DIR's two files, one target at a time: what the record says of every stage."""
     learning = {"TTT_LR": 0.3, "TTT_CHUNK_TOKENS": 128}
@@ -640,13 +647,15 @@ def learn_first_through_the_front_door():
     return patched(train_gpt, "score_windows", late)
 
 
-@pytest.mark.parametrize("plant, check, overrides", [
+@pytest.mark.parametrize("plant, check, overrides", thinned([
     (None, None, {}), (attention_without_mask, "causal", {}), (leaked_target, "normalized", {}),
     (blended_cache, "normalized", {}), (discounted, "normalized", {}),
     (doubled_window, "single_pass_sliding", {}), (without_the_tail, "single_pass_sliding", {}),
     (subset, "single_pass_sliding", {}), (score_again, "single_pass_ttt", {}),
     (learn_first_through_the_front_door, "score_before_update_ttt", {}),
-    (None, "full_split", {"EVAL_DROP_TAIL": 1})], ids=lambda x: getattr(x, "__name__", str(x)))
+    (None, "full_split", {"EVAL_DROP_TAIL": 1})], lambda case: case[0] in (
+        None, attention_without_mask, blended_cache, doubled_window, learn_first_through_the_front_door)),
+    ids=lambda x: getattr(x, "__name__", str(x)))
 def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, tmp_path, rt, capsys):
     with plant() if plant else contextlib.nullcontext():
         record = tiny_run(tmp_path, corpus[0], rt, **overrides)

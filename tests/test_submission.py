@@ -99,7 +99,7 @@ def test_packed_script_computes_the_same(tmp_path):
 
 def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
     (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE))
-    for env in ({"SEED": "x", "TTT_EPOCH": "1"}, {"MODE": "eval", "OUT_DIR": "nowhere"}, {"NUM_HEADS": "7"}):
+    for env in ({"SEED": "x", "TTT_EPOCH": "1"}, {"NUM_HEADS": "7"}):
         said = [subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, capture_output=True, text=True,
                                env={**env, "PATH": ""}) for folder in (ROOT, tmp_path)]
         assert said[0].returncode == said[1].returncode == 2
