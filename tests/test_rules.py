@@ -668,6 +668,18 @@ def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, 
     assert all(record[stage]["val_bpb"] > 0 for stage in ("prequant", "quantized", "sliding", "ttt"))
 
 
+@pytest.mark.parametrize("stage", ["unpack_artifact", "model_from_artifact", "check_scoring"])
+def test_all_from_the_artifact_on_counts_as_evaluation_time(corpus, tmp_path, rt, stage):
+    honest = getattr(train_gpt, stage)
+
+    def slow(*args):
+        time.sleep(2)
+        return honest(*args)
+    with patched(train_gpt, stage, slow), patched(train_gpt, "EVAL_LIMIT_SECONDS", 1.9):
+        record = tiny_run(tmp_path, corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, ITERATIONS=1)
+    assert record["eval_seconds"] >= 2 and failed(record) == {"eval_seconds"}
+
+
 @pytest.mark.parametrize("stripped", [False, True])
 def test_a_copy_of_the_split_among_the_training_shards_is_noticed(corpus, tmp_path, rt, stripped):
     """Training on the validation split by way of the data folder, documents' beginnings taken out or not."""

@@ -5,9 +5,9 @@ import difflib
 import inspect
 import json
 import re
-import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,13 +120,18 @@ def test_the_packed_script_helps_and_packs_itself(tmp_path):
     assert (tmp_path / "made" / "train_gpt.py").read_bytes() == code
 
 
-def test_code_beside_the_script_is_refused(tmp_path):
+@pytest.mark.parametrize("name, early", [("difflib.py", True), ("difflib/__init__.py", True),
+                                         ("flash_attn_interface.py", False)])
+def test_code_beside_the_script_is_refused(tmp_path, name, early):
     """It would run, and not be counted."""
     (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE))
-    shutil.copy(difflib.__file__, tmp_path / "difflib.py")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    text = Path(difflib.__file__).read_text() if early else "print('uncounted')"
+    (tmp_path / name).write_text(text)
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"MODE": "help", "PATH": ""})
-    assert done.returncode == 2 and "difflib.py: imported from the script's folder, not counted" in done.stderr
+                          env={"PATH": "", **({"MODE": "help"} if early else {"ATTENTION": "fa3", "PRESET": "smoke"})})
+    said = "difflib" if early else "flash_attn_interface cannot be imported"
+    assert done.returncode == 2 and said in done.stderr and "uncounted" not in done.stdout, done.stderr
 
 
 def test_source_has_only_python_310_grammar():
@@ -225,10 +230,12 @@ class Folding(Characters):
 def test_the_splits_text_must_be_its_tokens_and_not_repeat_itself(record):
     rng = np.random.default_rng(0)
     document = np.concatenate([[1], rng.integers(97, 120, 20_000)])
+    periodic = np.concatenate([[1], np.tile([97, 98], 10_000)])
     other = np.concatenate([[1], rng.integers(97, 120, 20_000)])
     changed = document.copy()
     changed[5] = 250  # decodes to what encodes to another token
-    for documents, ok in (((document, other), True), ((document, document), False), ((changed, other), False)):
+    for documents, ok in (((document, other), True), ((document, document), False), ((changed, other), False),
+                          ((periodic,), False)):
         tokens = np.concatenate(documents)
         val = fake_validation(tokens, tiny_config())
         val.target_bytes = torch.tensor((tokens[1:] > 1).astype(np.int64))
@@ -315,7 +322,7 @@ def test_contest_runs_are_averaged_with_worst_case_bytes(record, tmp_path, monke
     assert submission["track"] == "10min_16mb" and submission["pytorch_version"] == torch.__version__
     found = train_gpt.results_table(contest_records(record, (1.07,))).splitlines()[-1]
     assert found == ("| run42 | 8x NVIDIA H100 80GB HBM3 | 40540802 | 5 | 1000 | 0.9000 | 1.1000 | 1.0900 | 1.0700 | "
-                     "15980000 |"), "prequant, quantized, sliding, TTT"
+                     "15980000 | none |"), "prequant, quantized, sliding, TTT"
     table = train_gpt.results_table(contest_records(record)[::-1])
     assert table.index("run42") < table.index("run314") < table.index("run999"), "best first"
 
@@ -336,7 +343,8 @@ def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("change", [
     {"hardware": "48x NVIDIA H100 80GB HBM3"}, {"hardware": "8x NVIDIA H200"}, {"hardware": "4x NVIDIA H100 80GB HBM3"},
-    {"world_size": 16}, {"val_tokens": 8_000_000}, {"val_bytes": 300_000_000}, {"val_bytes": 30_000_000},
+    {"hardware": "8x NVIDIA H100 PCIe"}, {"world_size": 16}, {"val_tokens": 8_000_000}, {"val_bytes": 300_000_000},
+    {"val_bytes": 30_000_000},
     {"compliant": False}], ids=str)
 def test_only_the_contests_machine_and_split_fill_its_figures(record, tmp_path, monkeypatch, change):
     submission = collected(tmp_path, monkeypatch, contest_records(record, **change))
