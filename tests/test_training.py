@@ -278,6 +278,8 @@ clock = train_gpt.time = test_training.Clock()
 reports = test_training.two_runs(json.loads(os.environ["SETTINGS"]), clock, 1 + 2.5 * rank)
 with open(f"reports_{rank}.json", "w") as f:
     json.dump(reports, f)
+train_gpt.dist.barrier()
+train_gpt.dist.destroy_process_group()  # its threads, left to the interpreter's end, can spoil the exit code
 """
 
 
