@@ -2163,8 +2163,8 @@ def draw_runs(config: Config, records: list[dict]):
         return
     losses, stages = (figure := Figure((10, 3.5), layout="constrained")).subplots(1, 2)
     for record, path in zip(records, config.records.split()):
-        log = Path(path).with_suffix(".txt")
-        lines = re.findall(r"train_loss: (\S+) train_time: (\S+)m", log.read_text() if log.is_file() else "")
+        log = Path(path).with_suffix(".txt").read_text(encoding="utf-8")
+        lines = re.findall(r"train_loss: (\S+) train_time: (\S+)m", log)
         losses.plot([float(t) for _, t in lines], [float(x) for x, _ in lines], label=record["run_id"])
         scored = {stage: record[stage]["val_bpb"] for stage in Record.STAGES if record[stage]}
         stages.plot(list(scored), list(scored.values()), "o-", label=record["run_id"])
