@@ -200,7 +200,7 @@ for mode in MODES:
     results[mode] = score(mode, config, model, random_split(TARGETS, config), rt).tolist()
 if rt.main:
     json.dump(results, open("scores.json", "w"))
-rt.close()
+rt.end()
 """
 
 

@@ -235,7 +235,7 @@ config = train_gpt.Config.from_env(json.loads(os.environ["SETTINGS"]))
 rt = train_gpt.Runtime(config)
 weights = test_optimizer.three_steps(config, rt, test_optimizer.uneven_over_ranks(rt.rank, rt.world))
 torch.save(weights, f"weights_{rt.rank}.pt")
-rt.close()
+rt.end()
 """
 
 

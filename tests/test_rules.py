@@ -907,7 +907,7 @@ def main():
     found = {str(case): findings(*case, rt) for case in TWO_RANK_CASES}
     if rt.main:
         Path("findings.json").write_text(json.dumps(found))
-    rt.close()
+    rt.end()
 
 
 if __name__ == "__main__":

@@ -279,7 +279,7 @@ reports = test_training.two_runs(json.loads(os.environ["SETTINGS"]), clock, 1 + 
 with open(f"reports_{rank}.json", "w") as f:
     json.dump(reports, f)
 train_gpt.dist.barrier()
-train_gpt.dist.destroy_process_group()  # its threads, left to the interpreter's end, can spoil the exit code
+train_gpt.end_process(0)
 """
 
 
