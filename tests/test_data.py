@@ -1,5 +1,6 @@
 """Room 3: byte tables, shards, the training order, the validation split, the embedded corpus."""
 import contextlib
+import hashlib
 import lzma
 import resource
 import shutil
@@ -56,14 +57,21 @@ def plain_tokenizer(vocab_size: int = 300) -> FakeTokenizer:
 
 
 class RankOf(train_gpt.Runtime):
-    """One rank of a world that exists in name only: enough for the data, which needs no other rank."""
+    """One rank of a world that exists in name only: its sums are its own share."""
 
     def __init__(self, rank: int = 0, world: int = 1, micro_batch_tokens: int = 4096):
         self.rank, self.world, self.micro_batch_tokens = rank, world, micro_batch_tokens
+        self.local_rank, self.local_world = rank, world
         self.device = torch.device("cpu")
 
     def agree(self):
         return contextlib.nullcontext()
+
+    def joined(self, what, mine):
+        return list(mine.values())
+
+    def all_reduce(self, tensor, asynchronous=False):
+        pass
 
 
 def numbered_shards(data_dir, train=(3000, 2000, 700), **settings) -> train_gpt.Config:
@@ -254,6 +262,27 @@ def test_every_rank_count_trains_on_the_same_batches(numbered, world):
     ranks = [TrainData(numbered, RankOf(rank, world)) for rank in range(world)]
     for k in (0, 1, 2, 21):  # batch 21 straddles two epochs
         assert torch.equal(torch.cat([global_batch(data, k) for data in ranks]), global_batch(alone, k))
+
+
+def test_training_shards_have_a_hash_that_every_node_must_find(numbered, rt, monkeypatch):
+    """Each node reads its own files; their ranks share the reading. One other token on one node is refused."""
+    files = sorted(numbered.shard_dir.glob("*.bin"))
+    digests = [hashlib.sha256(path.read_bytes()[1024:]).hexdigest() for path in files]
+    assert TrainData(numbered, rt).sha256 == hashlib.sha256("".join(digests).encode()).hexdigest()
+    of_node = dict(enumerate(digests))
+    for other, fits in (({0: digests[0], 2: digests[2]}, True), ({1: digests[0]}, False)):
+        def gather(parts, mine, other=other):
+            assert set(mine) == {0, 2}, "this rank's share of the files of its node"
+            parts[:] = [mine, {1: digests[1]}, of_node, other]
+        with monkeypatch.context() as patch:
+            patch.setattr(train_gpt.dist, "all_gather_object", gather)
+            node_of_two = RankOf(0, 2)
+            node_of_two.joined = train_gpt.Runtime.joined.__get__(node_of_two)
+            if fits:
+                assert TrainData(numbered, node_of_two).sha256 == TrainData(numbered, RankOf()).sha256
+            else:
+                with pytest.raises(UsageError, match="the nodes have other training shards"):
+                    TrainData(numbered, node_of_two)
 
 
 @pytest.mark.parametrize("micro_batch_tokens, sizes", [(4096, [8]), (8 * SEQ - 1, [4, 4]), (3 * SEQ, [2] * 4),

@@ -1,11 +1,10 @@
 """Room 7: Hessians from training data, GPTQ against the paper done slowly, the artifact's tensors."""
-import contextlib
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_model, write_shards
+from test_data import RankOf
 
 import train_gpt
 from train_gpt import GPT, TrainData, collect_hessians, dequantize, gptq_quantize, quantize
@@ -137,19 +136,6 @@ def test_a_hessian_of_nan_is_an_error():
 
 
 # --- calibration ----------------------------------------------------------------------------------------------------
-
-
-class RankOf(train_gpt.Runtime):
-    """One rank of a world whose other ranks run elsewhere: it adds nothing to the sums."""
-
-    def __init__(self, rank, world):
-        self.rank, self.world, self.micro_batch_tokens, self.device = rank, world, 4096, torch.device("cpu")
-
-    def agree(self):
-        return contextlib.nullcontext()
-
-    def all_reduce(self, tensor, asynchronous=False):
-        pass
 
 
 @pytest.fixture

@@ -236,6 +236,11 @@ def discounted():
     return changed_nll(lambda nll, ids, targets: 0.99 * nll)
 
 
+def discounted_in_long_windows():
+    """Scores a little lower where a window is longer than the few tokens that are checked with every candidate."""
+    return changed_nll(lambda nll, ids, targets: nll - 0.01 * (ids.size(1) > 16))
+
+
 def no_partition():
     """Logits of every other token raised after the softmax."""
     return changed_nll(lambda nll, ids, targets: nll - 0.05 * (targets % 2))
@@ -505,6 +510,45 @@ def test_training_never_looks_at_validation_tokens(plant, stage, in_artifact, co
     assert one["source_sha256"] == other["source_sha256"] and one["code_sha256"] == other["code_sha256"]
 
 
+def trained_twice():
+    """A second training whose time nobody takes."""
+    honest = train_gpt.train
+
+    def train(*args):
+        honest(*args)
+        args[2].looping = False
+        return honest(*args)
+    return patched(train_gpt, "train", train)
+
+
+def warmed_up_without_end():
+    """More warm-up than the settings say."""
+    honest = train_gpt.warm_up
+    return patched(train_gpt, "warm_up", lambda config, *args: honest(
+        dataclasses.replace(config, warmup_steps=3), *args))
+
+
+@pytest.mark.parametrize("plant", [None, trained_twice, warmed_up_without_end])
+def test_a_run_trains_as_often_as_its_record_says(plant, corpus, tmp_path, rt, monkeypatch):
+    """Every backward pass and every change to weights by an optimizer, over the whole run, is counted."""
+    calls = collections.Counter()
+    def counted(function):
+        def count(*args, **kwargs):
+            calls[function.__qualname__] += 1
+            return function(*args, **kwargs)
+        return count
+    for owner, name in ((torch.Tensor, "backward"), (train_gpt.Optimizer, "step"), (torch.optim.SGD, "step")):
+        monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+    with plant() if plant else contextlib.nullcontext():
+        record = tiny_run(tmp_path, corpus[0], rt, SLIDING_WINDOW_ENABLED=0)
+    config = tiny_run_config(tmp_path, corpus[0])
+    chunks = -(-record["val_tokens"] // config.ttt_chunk_tokens)
+    sgd = (chunks - 1) * config.ttt_epochs * -(-config.ttt_chunk_tokens // config.eval_seq_len // config.ttt_batch_seqs)
+    steps = 2 * config.warmup_steps + record["steps"]
+    expected = {"Tensor.backward": steps + sgd, "Optimizer.step": steps, "SGD.step": sgd}
+    assert (dict(calls) == expected) == (plant is None), (calls, expected)
+
+
 @pytest.mark.parametrize("select", [False, True])
 def test_validation_losses_choose_nothing(select, corpus, tmp_path, rt):
     """The losses that the log shows may be any: the same artifact comes out. Planted: a weight chosen by them."""
@@ -649,12 +693,13 @@ def learn_first_through_the_front_door():
 
 @pytest.mark.parametrize("plant, check, overrides", thinned([
     (None, None, {}), (attention_without_mask, "causal", {}), (leaked_target, "normalized", {}),
-    (blended_cache, "normalized", {}), (discounted, "normalized", {}),
+    (blended_cache, "normalized", {}), (discounted, "normalized", {}), (discounted_in_long_windows, "normalized", {}),
     (doubled_window, "single_pass_sliding", {}), (without_the_tail, "single_pass_sliding", {}),
     (subset, "single_pass_sliding", {}), (score_again, "single_pass_ttt", {}),
     (learn_first_through_the_front_door, "score_before_update_ttt", {}),
     (None, "full_split", {"EVAL_DROP_TAIL": 1})], lambda case: case[0] in (
-        None, attention_without_mask, blended_cache, doubled_window, learn_first_through_the_front_door)),
+        None, attention_without_mask, blended_cache, discounted_in_long_windows, doubled_window,
+        learn_first_through_the_front_door)),
     ids=lambda x: getattr(x, "__name__", str(x)))
 def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, tmp_path, rt, capsys):
     with plant() if plant else contextlib.nullcontext():
@@ -748,7 +793,7 @@ def test_settings_in_the_record_are_the_settings_in_force(corpus, tmp_path, rt):
     assert dataclasses.replace(again, **{name: getattr(config, name) for name in machine}) == config
     log = (tmp_path / "logs" / "run.txt").read_text()
     assert f"settings: {train_gpt.assignments(record['settings'])}" in log
-    for key in ("source_sha256", "val_sha256", "tokenizer_sha256", "artifact_sha256", "code_sha256"):
+    for key in ("source_sha256", "train_sha256", "val_sha256", "tokenizer_sha256", "artifact_sha256", "code_sha256"):
         assert f"{key}: {record[key]}" in log
     assert record["source_sha256"] == train_gpt.sha256(SOURCE)
 

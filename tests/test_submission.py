@@ -2,6 +2,7 @@
 import ast
 import copy
 import difflib
+import hashlib
 import inspect
 import json
 import re
@@ -274,8 +275,9 @@ def collected(tmp_path, monkeypatch, records, readme=None, **settings):
     monkeypatch.chdir(tmp_path)
     for i, record in enumerate(records):
         (tmp_path / f"{i}.json").write_text(json.dumps(record))
-        digest = train_gpt.sha256((tmp_path / f"{i}.json").read_bytes())
-        (tmp_path / f"{i}.txt").write_text(f"5/5 train_loss: 2.5 train_time: 1.0m tok/s: 9\nrecord: SHA-256 {digest}\n")
+        log = "5/5 train_loss: 2.5 train_time: 1.0m tok/s: 9\n"
+        digest = hashlib.sha256(log.encode() + (tmp_path / f"{i}.json").read_bytes()).hexdigest()
+        (tmp_path / f"{i}.txt").write_text(f"{log}record: {i}.json; SHA-256 of both: {digest}\n")
     if readme:
         (tmp_path / "README.md").write_text(readme)
     train_gpt.collect(tiny_config(records=" ".join(f"{i}.json" for i in range(len(records))), **settings))
@@ -289,7 +291,7 @@ def contest_records(record, bpb=(1.07, 1.08, 1.09), **changed) -> list[dict]:
     for i, (seed, x) in enumerate(zip((42, 314, 999, 7), bpb)):
         records.append(copy.deepcopy(record.data))
         records[-1].update(run_id=f"run{seed}", seed=seed, hardware="8x NVIDIA H100 80GB HBM3", world_size=8,
-                           val_tokens=40_540_802, val_bytes=151_000_000, artifact_sha256=str(seed),
+                           val_tokens=40_540_802, val_bytes=151_080_891, artifact_sha256=str(seed),
                            total_bytes=15_980_000 + i,
                            quantized={"val_loss": 2.6 * x, "val_bpb": x + 0.03, "seconds": 9.0},
                            prequant={"val_loss": 2.0, "val_bpb": 0.9, "seconds": 9.0},
@@ -329,8 +331,9 @@ def test_contest_runs_are_averaged_with_worst_case_bytes(record, tmp_path, monke
 
 @pytest.mark.parametrize("change", [
     {"settings": {"ttt_epochs": 9}}, {"preset": "smoke"}, {"source_sha256": "0"}, {"code_sha256": "0"},
-    {"val_sha256": "0"}, {"tokenizer_sha256": "0"}, {"hardware": "8x NVIDIA H200"}, {"torch": "2.9.0"},
-    {"mode": "eval"}, {"seed": 42}, {"artifact_sha256": "42"}, {"compliant": None, "stopped": "RunStopped"}], ids=str)
+    {"train_sha256": "0"}, {"val_sha256": "0"}, {"tokenizer_sha256": "0"}, {"hardware": "8x NVIDIA H200"},
+    {"torch": "2.9.0"}, {"mode": "eval"}, {"seed": 42}, {"artifact_sha256": "42"},
+    {"compliant": None, "stopped": "RunStopped"}], ids=str)
 def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch, change, capsys):
     records = contest_records(record)
     records[1].update(change)
@@ -343,9 +346,8 @@ def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("change", [
     {"hardware": "48x NVIDIA H100 80GB HBM3"}, {"hardware": "8x NVIDIA H200"}, {"hardware": "4x NVIDIA H100 80GB HBM3"},
-    {"hardware": "8x NVIDIA H100 PCIe"}, {"world_size": 16}, {"val_tokens": 8_000_000}, {"val_bytes": 300_000_000},
-    {"val_bytes": 30_000_000},
-    {"compliant": False}], ids=str)
+    {"hardware": "8x NVIDIA H100 PCIe"}, {"world_size": 16}, {"val_bytes": 300_000_000},
+    {"val_bytes": 30_000_000}, {"val_bytes": 151_090_000}, {"val_bytes": 151_070_000}, {"compliant": False}], ids=str)
 def test_only_the_contests_machine_and_split_fill_its_figures(record, tmp_path, monkeypatch, change):
     submission = collected(tmp_path, monkeypatch, contest_records(record, **change))
     assert submission["val_bpb"] is None and submission["rehearsal"]["val_bpb"] == pytest.approx(1.08)
@@ -401,13 +403,15 @@ def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypa
         collected(tmp_path, monkeypatch, contest_records(record, code_sha256="0"), submission_name="x")
 
 
-@pytest.mark.parametrize("name", ["1.json", "1.txt"])
-def test_a_record_or_log_that_was_changed_is_refused(record, tmp_path, monkeypatch, name):
-    """The log's last line is the record's hash: a figure cannot be changed in one of them."""
+@pytest.mark.parametrize("name, old, new", [
+    ("1.json", "1.08", "1.07"), ("1.txt", "loss: 2.5", "loss: 2.4"), ("1.txt", "5/5 ", "\n5/5 "),
+    ("1.txt", "both: ", "both: 0"), ("1.txt", "record: ", "one more line\nrecord: ")])
+def test_a_record_or_log_that_was_changed_is_refused(record, tmp_path, monkeypatch, name, old, new):
+    """The log's last line is the hash of the record and of the lines above: none can be changed alone."""
     collected(tmp_path, monkeypatch, contest_records(record))
     path = tmp_path / name
-    text = path.read_text()
-    path.write_text(text.replace("1.08", "1.07") if name == "1.json" else text[:-9] + "00000000\n")
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
     with pytest.raises(UsageError, match="1.json is no record of a run.*SHA-256"):
         train_gpt.collect(tiny_config(records="0.json 1.json 2.json"))
 
