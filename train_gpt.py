@@ -165,6 +165,9 @@ class Config:
     ema_decay: float = _optim(0.9965, "decay per step of the averaged weights; 0: no averaging", 0, 0.999999)
 
     gptq_calibration_batches: int = _quant(64, "batches of training tokens for the Hessians", 1, 10**5)
+    quantizer: str = _quant("trellis", "trellis: fitted to TARGET_BYTES; sdclip: PR #1541's, with the next four",
+                            choices=("trellis", "sdclip"))
+    target_bytes: int = _quant(16_000_000, "code + artifact at most, with QUANTIZER=trellis", 1, 2**30)
     matrix_bits: int = _quant(6, "bits of a matrix entry", 2, 8)
     matrix_clip_sigmas: float = _quant(12.85, "row scale of the matrices in standard deviations", 0.1, 1000)
     embed_bits: int = _quant(8, "bits of an embedding entry", 2, 8)
@@ -278,8 +281,8 @@ PRESETS = {
         "parallel_residual_start": 5, "train_seq_len": 128, "eval_seq_len": 128, "rope_train_seq_len": 128,
         "train_batch_tokens": 4096, "iterations": 100, "max_wallclock_seconds": 0.0, "warmup_steps": 1,
         "val_loss_every": 0, "train_log_every": 25, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 40,
-        "ema_decay": 0.93, "gptq_calibration_batches": 4, "eval_stride": 32, "ttt_enabled": True,
-        "ttt_chunk_tokens": 2048,
+        "ema_decay": 0.93, "gptq_calibration_batches": 4, "target_bytes": 430_000, "eval_stride": 32,
+        "ttt_enabled": True, "ttt_chunk_tokens": 2048,
     },
 }
 
@@ -1355,11 +1358,21 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 7. Quantization: Hessians from training data, GPTQ with one scale per row
+# 7. Quantization: Hessians and sensitivities from training data; GPTQ with trellis-coded columns, or with row scales
 # ----------------------------------------------------------------------------------------------------------------------
 
 KEPT_FP16_ELEMENTS = 65536  # tensors (whole banks) of at most so many elements are stored as fp16
 MIN_ROW_SCALE = 2.0**-24  # fp16's smallest positive number: an all-zero row still has a scale to divide by
+
+
+@contextlib.contextmanager
+def replaced_products(model: GPT, project: Callable[[Tensor, Tensor, str], Tensor]) -> Iterator[None]:
+    """Let `project` do the model's matrix products (see GPT.project) for a while."""
+    model.project = project  # shadows the method on this one model
+    try:
+        yield
+    finally:
+        del model.project
 
 
 @torch.no_grad()
@@ -1383,18 +1396,47 @@ def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -
         add(x, site)
         return F.linear(x, matrix)
 
-    model.project = observed  # shadows the method on this one model, until the `del` below
     progress = Progress(rt, "calibration", config.gptq_calibration_batches)
-    try:
+    with replaced_products(model, observed):
         for number in range(config.gptq_calibration_batches):
             for inputs, _ in data.batch(number):
                 add(model.hidden(inputs), "head")
             progress.at(number + 1)
-    finally:
-        del model.project
     for site, total in sums.items():
         rt.all_reduce(total)
         total /= counts[site] * rt.world
+    return sums
+
+
+def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainData) -> dict[str, Tensor]:
+    """How much an error at a matrix product's outputs costs: {site: scalar fp32}.
+
+    The mean over training tokens and outputs of the squared gradient of a token's loss, summed over a site's visits: by
+    the Fisher information, an error E of a matrix costs about sensitivity / 2 * tr(E H E^T) nats per token. Measured on
+    one in 16 of calibration's batches.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def watched(x: Tensor, matrix: Tensor, site: str) -> Tensor:
+        y = F.linear(x, matrix)
+        total = sums.setdefault(site, torch.zeros((), device=y.device))
+        y.register_hook(lambda grad: total.add_(grad.float().square().mean(-1).sum()) and None)
+        return y
+
+    tokens = 0
+    model.requires_grad_(False).embedding.requires_grad_(True)  # gradients flow, but none of the matrices' own is made
+    with replaced_products(model, watched):
+        for number in range(0, config.gptq_calibration_batches, 16):
+            for batch in data.batch(number):
+                for ids, targets in zip(*(t.split(-(-len(t) // 4)) for t in batch)):  # not compiled: it takes more room
+                    z = watched(model.hidden(ids).flatten(0, 1), model.embedding.to(model.dtype), "head").float()
+                    cap = config.logit_softcap
+                    F.cross_entropy(cap * torch.tanh(z / cap), targets.flatten(), reduction="sum").backward()
+                    tokens += ids.numel()
+    model.requires_grad_(True)
+    for total in sums.values():
+        rt.all_reduce(total)
+        total /= tokens * rt.world
     return sums
 
 
@@ -1410,32 +1452,58 @@ def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: f
     scale of a row is clip_sigmas standard deviations over the largest integer.
     Raises torch.linalg.LinAlgError if the damped hessian is not positive definite (it holds NaN, say).
     """
-    w, h = weight.float(), hessian.float().clone()
-    columns, top = w.size(-1), 2 ** (bits - 1) - 1
+    w, top = weight.float(), 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.std(-1, keepdim=True) / top).clamp(MIN_ROW_SCALE, torch.finfo(torch.half).max).half()
     step = scale.float()  # [..., out, 1]
+    factor = error_factor(hessian, damping)
+    integers = round_with_feedback(w, factor, step, lambda y: y.round().clamp(-top, top), block)
+    return integers.to(torch.int8), scale.squeeze(-1)
+
+
+class ErrorFactor(NamedTuple):
+    """How the error of one column is best made up for by later ones."""
+
+    order: Tensor  # [..., in]: columns by falling diag(hessian)
+    upper: Tensor  # [..., in, in]: upper Cholesky factor of the damped hessian's inverse, in that order
+    dead: Tensor  # [..., in]: inputs that are always zero
+
+
+def error_factor(hessian: Tensor, damping: float = 0.01) -> ErrorFactor:
+    """Factorize hessian [..., in, in] with `damping` times its mean diagonal added.
+
+    Raises torch.linalg.LinAlgError if it is not positive definite then (it holds NaN, say).
+    """
+    h = hessian.float().clone()
     diagonal = h.diagonal(dim1=-2, dim2=-1)  # a view: writing to it writes to h
     dead = diagonal == 0
     diagonal += damping * diagonal.mean(-1, keepdim=True) + dead  # a dead input gets a one, so h stays invertible
     order = diagonal.sort(descending=True, stable=True).indices
-    columns_in_order = order[..., None, :].expand_as(w)
-    w = w.masked_fill(dead[..., None, :], 0).gather(-1, columns_in_order)
     h = h.gather(-2, order[..., None].expand_as(h)).gather(-1, order[..., None, :].expand_as(h))
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    integers = torch.empty_like(w)
-    for begin in range(0, columns, block):
-        end = min(begin + block, columns)
+    return ErrorFactor(order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True), dead)
+
+
+def round_with_feedback(weight: Tensor, factor: ErrorFactor, step: Tensor, choose: Callable[[Tensor], Tensor],
+                        block: int = 128) -> Tensor:
+    """GPTQ's loop over the columns of weight [..., out, in] -> integers of that shape, fp32.
+
+    step [..., out or 1, 1 or in] in the weight's own order of columns; `choose` rounds a column [..., out, 1] that is
+    given in steps.
+    """
+    order = factor.order[..., None, :].expand_as(weight)
+    w = weight.float().masked_fill(factor.dead[..., None, :], 0).gather(-1, order)
+    step, upper, integers = step.expand_as(w).gather(-1, order), factor.upper, torch.empty_like(w)
+    for begin in range(0, w.size(-1), block):
+        end = min(begin + block, w.size(-1))
         part, errors = w[..., begin:end].clone(), torch.empty_like(w[..., begin:end])
         u = upper[..., begin:end, begin:end]
         for j in range(end - begin):
-            column = part[..., j:j + 1]
-            integer = (column / step).round().clamp(-top, top)
-            error = (column - integer * step) / u[..., j:j + 1, j:j + 1]
+            column, size = part[..., j:j + 1], step[..., begin + j:begin + j + 1]
+            integer = choose(column / size)
+            error = (column - integer * size) / u[..., j:j + 1, j:j + 1]
             part[..., j:] -= error * u[..., j:j + 1, j:]
             integers[..., begin + j:begin + j + 1], errors[..., j:j + 1] = integer, error
         w[..., end:] -= errors @ upper[..., begin:end, end:]
-    integers = torch.empty_like(integers).scatter_(-1, columns_in_order, integers)
-    return integers.to(torch.int8), scale.squeeze(-1)
+    return torch.empty_like(integers).scatter_(-1, order, integers)
 
 
 def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
@@ -1443,9 +1511,164 @@ def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
     return integers.float() * scale.float()[..., None]
 
 
+# Trellis-coded quantization (Marcellin and Fischer 1990). A column is coded from top to bottom in paths of TRELLIS_ROWS
+# entries, each from state 0. States 0 and 1 may take even multiples of the step, states 2 and 3 odd ones: an entry of
+# index k is (2 * k + state // 2) * step, and the parity of k chooses the next state. Every entry pays for a spacing of
+# two steps and errs as if it were less: 0.7 dB above Shannon's bound instead of a scalar quantizer's 1.5.
+TRELLIS_ROWS = 64
+NEXT_STATE = ((0, 2), (2, 0), (1, 3), (3, 1))  # [state][parity of the index]
+STEPS_PER_OCTAVE = 4  # resolution of a column's step and of a row's spread
+MOST_BITS = 6.0  # per weight: finer steps gain nothing that a score could show
+
+
+def trellis_round(values: Tensor) -> Tensor:
+    """Round each row of values [paths, TRELLIS_ROWS] to the integers of the nearest path (Viterbi 1967), fp32."""
+    edges = sorted((nxt, state, state // 2 + 2 * parity) for state, row in enumerate(NEXT_STATE)
+                   for parity, nxt in enumerate(row))  # two of them lead to each state; the last: the integer modulo 4
+    _, source, residue = torch.tensor(edges, device=values.device).T
+    y = values.t()[:, :, None]  # [TRELLIS_ROWS, paths, 1]
+    nearest = torch.arange(4.0, device=values.device)
+    nearest = ((y - nearest) / 4).round_() * 4 + nearest  # the nearest integer of each residue
+    error = (y - nearest).square_()[:, :, residue].unflatten(2, (4, 2))
+    cost = torch.full_like(error[0, :, :, 0], math.inf)
+    cost[:, 0] = 0
+    came_by = torch.empty(error.shape[:3], dtype=torch.long, device=values.device)
+    for t in range(len(y)):
+        cost, came_by[t] = (cost[:, source].unflatten(1, (4, 2)) + error[t]).min(-1)
+    state = cost.argmin(1, keepdim=True)
+    chosen = torch.empty_like(came_by[:, :, :1])
+    for t in reversed(range(len(y))):
+        edge = 2 * state + came_by[t].gather(1, state)
+        state, chosen[t] = source[edge], residue[edge]
+    return nearest.gather(2, chosen).squeeze(2).t()
+
+
+def round_columns(y: Tensor) -> Tensor:
+    """Round columns [..., out, 1], given in steps, along trellis paths."""
+    rows = y.size(-2)
+    paths = F.pad(y.squeeze(-1), (0, -rows % TRELLIS_ROWS)).unflatten(-1, (-1, TRELLIS_ROWS))
+    return trellis_round(paths.flatten(0, -2)).view(paths.shape).flatten(-2)[..., :rows, None]
+
+
+def walk_trellis(shape: tuple[int, ...], visit: Callable[[slice, np.ndarray], np.ndarray]):
+    """Go along all paths of matrices [..., out, in] at once, from the top of each.
+
+    `visit` gets a slice of rows, and 1 where these take odd multiples, else 0; it returns their indices.
+    """
+    *batch, rows, columns = shape
+    state = np.zeros((*batch, -(-rows // TRELLIS_ROWS), columns), dtype=np.int8)
+    following = np.array(NEXT_STATE, dtype=np.int8)
+    for t in range(min(TRELLIS_ROWS, rows)):
+        chosen = slice(t, None, TRELLIS_ROWS)
+        state = state[..., :len(range(rows)[chosen]), :]
+        state = following[state, visit(chosen, state >> 1) & 1]
+
+
+def trellis_indices(integers: np.ndarray) -> np.ndarray:
+    """Turn the integers of trellis paths, [..., out, in] multiples of the step, into indices (int32)."""
+    indices = np.empty(integers.shape, dtype=np.int32)
+
+    def visit(rows: slice, odd: np.ndarray) -> np.ndarray:
+        indices[..., rows, :] = (integers[..., rows, :] - odd) >> 1
+        return indices[..., rows, :]
+
+    walk_trellis(integers.shape, visit)
+    return indices
+
+
+def trellis_integers(indices: np.ndarray) -> np.ndarray:
+    """Undo trellis_indices."""
+    integers = np.empty(indices.shape, dtype=np.int32)
+
+    def visit(rows: slice, odd: np.ndarray) -> np.ndarray:
+        integers[..., rows, :] = 2 * indices[..., rows, :] + odd
+        return indices[..., rows, :]
+
+    walk_trellis(indices.shape, visit)
+    return integers
+
+
+def column_steps(step: Tensor, columns: Tensor) -> Tensor:
+    """Steps [..., 1, in] from a matrix's step [...] and its columns' exponents [..., in], the same bits everywhere."""
+    fractions = torch.tensor([1.0, 2**0.25, 2**0.5, 2**0.75], device=columns.device)
+    exponents = columns.to(torch.int32)
+    return torch.ldexp(step[..., None] * fractions[exponents & 3], exponents >> 2)[..., None, :]
+
+
+class TrellisQuantizer:
+    """Quantizes all matrices at one price of bits, with what does not depend on that price made once.
+
+    Rate allocation by reverse water-filling: errors cost sensitivity * error^2 / diagonal(U)^2 at every entry, U being
+    GPTQ's factor, so every column's step is in proportion to diagonal(U) / sqrt(sensitivity) (the columns' part is
+    WaterSIC's, arXiv 2603.04956), and the bits follow from the weights' spread. The ranks share each bank's matrices.
+    """
+
+    def __init__(self, config: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
+                 sensitivities: dict[str, Tensor]):
+        """Factorize this rank's Hessians; tensors of at most 65,536 elements are kept as fp16."""
+        self.rt, self.small, self.parts, sites, own = rt, {}, [], model.matrix_sites(), []
+        for name, p in model.named_parameters():
+            if p.numel() <= KEPT_FP16_ELEMENTS:
+                self.small[name] = p.detach().half().cpu()
+                continue
+            weight, share = p.detach().view(-1, *p.shape[-2:]), rt.share(len(sites[name]))
+            names = [sites[name][i] for i in share] or sites[name][:1]  # a rank without a share: one, for the shapes
+            factor = error_factor(torch.stack([hessians[site] for site in names]))
+            diagonal = factor.upper.diagonal(dim1=-2, dim2=-1).log2()
+            diagonal = torch.empty_like(diagonal).scatter_(-1, factor.order, diagonal)
+            level = diagonal.mean(-1)
+            columns = (STEPS_PER_OCTAVE * (diagonal - level[:, None])).round_().clamp_(-128, 127).to(torch.int8)
+            level -= torch.stack([sensitivities[site] for site in names]).clamp_min(1e-30).log2() / 2
+            self.parts.append((name, p.shape, weight, share, factor, columns, level))
+            spread = weight[share.start:share.stop].std(-1).clamp_min(1e-12).log2()
+            own.append(torch.stack([spread.sum() - (level[:len(share), None].expand_as(spread)).sum(),
+                                    torch.tensor(float(spread.numel()), device=spread.device)]) * weight.size(-1))
+        total = torch.stack(own).sum(0)
+        rt.all_reduce(total)
+        self.weights = int(total[1])
+        self.mean_spread = float(total[0] / total[1])
+
+    def price_of(self, bits: float) -> float:
+        """About the log2 of the common factor of all steps at which a weight takes `bits`: a Gaussian's entropy."""
+        return self.mean_spread + 0.5 * math.log2(2 * math.pi * math.e) - 1 - bits
+
+    @torch.no_grad()
+    def quantize(self, price: float) -> dict[str, Tensor]:
+        """Make the artifact's tensors, on the CPU, with steps in proportion to 2^price.
+
+        A quantized parameter P of shape [..., out, in] becomes `P.q` (int32 [matrices, out, in], indices), `P.columns`
+        (int8, exponents of the columns' steps), `P.step` (fp32, one per matrix) and `P.rows` (int8, exponents of the
+        rows' spreads in steps, for the coder); a small one stays P (fp16).
+        """
+        tensors, progress = dict(self.small), Progress(self.rt, "trellis", self.weights)
+        for name, _, weight, share, factor, columns, level in self.parts:
+            q = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
+            side = [torch.zeros(len(weight), n, device=weight.device) for n in (1, weight.size(2), weight.size(1))]
+            if share:
+                mine, own = slice(share.start, share.stop), weight[share.start:share.stop]
+                step = torch.exp2(level + price)
+                q[mine] = round_with_feedback(own, factor, column_steps(step, columns), round_columns).int()
+                rows = STEPS_PER_OCTAVE * (own.std(-1).clamp_min(1e-30).log2() - step.log2()[:, None])
+                for whole, part in zip(side, (step[:, None], columns, rows.round().clamp(-128, 127))):
+                    whole[mine] = part.float()
+            for whole in (q, *side):
+                self.rt.all_reduce(whole)
+            step, columns, rows = side
+            tensors |= {f"{name}.q": torch.from_numpy(trellis_indices(q.cpu().numpy())),
+                        f"{name}.step": step[:, 0].cpu(), f"{name}.columns": columns.to(torch.int8).cpu(),
+                        f"{name}.rows": rows.to(torch.int8).cpu()}
+            progress.at(q.numel())
+        return tensors
+
+
+def dequantize_trellis(indices: Tensor, step: Tensor, columns: Tensor) -> Tensor:
+    """Undo TrellisQuantizer.quantize for one parameter's q, step and columns: fp32 [matrices, out, in]."""
+    return torch.from_numpy(trellis_integers(indices.numpy())).float() * column_steps(step, columns)
+
+
 @torch.no_grad()
-def quantize(config: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turn the model's weights into the artifact's tensors, on the CPU.
+def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn the model's weights into the artifact's tensors, on the CPU, as PR #1541 does (QUANTIZER=sdclip).
 
     A quantized parameter P becomes `P.q` (int8) and `P.scale` (fp16); one of at most 65,536 elements stays P (fp16).
     """
@@ -1468,18 +1691,20 @@ def quantize(config: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 8. Artifact: a container of its own, from which nothing is ever executed
+# 8. Artifact: a container of its own, from which nothing is ever executed; the entropy coder; the fit to the cap
 # ----------------------------------------------------------------------------------------------------------------------
 #
 #   magic "PGLF" | version u16 | header bytes u32 | SHA-256 of all that follows, version and header bytes before it
-#   header: JSON, Brotli-compressed: {settings, compressor, tensors: [[name, dtype, shape], ...], streams: [bytes, ...]}
-#   streams: the tensors in the header's order, one plane per byte of the dtype, cut into pieces that are compressed
-#   each on its own (so that all cores work)
+#   header: JSON, Brotli-compressed: {settings, compressor, tensors: [[name, dtype, shape], ...], streams: [bytes, ...],
+#            coder: [lanes, escapes]}
+#   streams: the plain tensors in the header's order, one plane per byte of the dtype, cut into pieces that are
+#   compressed each on its own (so that all cores work); then what codes all trellis tensors together: frequencies,
+#   escapes (both compressed likewise), the lanes' states and the words
 
-ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 1
+ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 2
 ARTIFACT_PREFIX = struct.Struct("<4sHI32s")
 PIECE_BYTES, MAX_RAW_BYTES = 4 << 20, 1 << 30
-ARTIFACT_DTYPES = {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32}
+ARTIFACT_DTYPES = {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32, "trellis": torch.int32}
 COMPRESSORS, SUBMISSION_CAP_BYTES = ("brotli", "lzma"), 16_000_000
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 
@@ -1517,31 +1742,190 @@ def cut(size: int) -> list[int]:
     return [min(PIECE_BYTES, size - begin) for begin in range(0, size, PIECE_BYTES)]
 
 
-def byte_planes(tensor: Tensor) -> bytes:
-    """A tensor's little-endian bytes, all first bytes, then all second bytes, ..."""
-    array = np.ascontiguousarray(tensor.detach().cpu().numpy())
-    return array.view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
+def byte_planes(values: Tensor | np.ndarray) -> bytes:
+    """The little-endian bytes of some numbers, all first bytes, then all second bytes, ..."""
+    array = np.ascontiguousarray(values.detach().cpu().numpy() if isinstance(values, Tensor) else values)
+    return array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
+
+
+def from_byte_planes(data: bytes, itemsize: int) -> np.ndarray:
+    """Undo byte_planes: the numbers' bytes, uint8 [n, itemsize]."""
+    return np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(itemsize, -1).T)
+
+
+# Trellis indices are coded by range asymmetric numeral systems (Duda 2013) in interleaved lanes, each a 32-bit state
+# that gives off 16-bit words: whole numbers only, so the same bits on every platform. An index becomes a symbol: itself
+# if it is small, else the number of its bits, which then stand among the escapes. Its distribution is the histogram of
+# its context: the class (how many steps its row and column make likely) and whether it stands for an odd multiple.
+FREQUENCY_BITS, SYMBOLS, DIRECT_BITS = 14, 64, 5
+CLASSES, CLASS_OF_ONE = 64, 16
+LEAST_STATE = 1 << 16
+
+
+def symbols_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn int32 values into symbols below SYMBOLS and, in their order, the escapes (uint32) of those not small."""
+    z = ((values << 1) ^ (values >> 31)).view(np.uint32)  # 0, -1, 1, -2, 2, ... -> 0, 1, 2, 3, 4, ...
+    bits = np.frexp(z.astype(np.float64))[1] - 1  # of the leading one
+    large = bits >= DIRECT_BITS
+    return np.where(large, bits - DIRECT_BITS + (1 << DIRECT_BITS), z), z[large] - (1 << bits[large]).astype(np.uint32)
+
+
+def values_of(symbols: np.ndarray, escapes: np.ndarray) -> np.ndarray:
+    """Undo symbols_of; `escapes` holds as many as there are symbols that need one."""
+    z = symbols.astype(np.int64)
+    large = z >= 1 << DIRECT_BITS
+    z[large] = (1 << (z[large] - (1 << DIRECT_BITS) + DIRECT_BITS)) + escapes
+    return ((z >> 1) ^ -(z & 1)).astype(np.int32)
+
+
+def frequency_tables(counts: np.ndarray) -> np.ndarray:
+    """Scale counts [contexts, SYMBOLS] to whole numbers that add up to 2^FREQUENCY_BITS where anything was counted."""
+    total = counts.sum(1, keepdims=True)
+    scaled = np.maximum(counts * (1 << FREQUENCY_BITS) // np.maximum(total, 1), counts > 0)
+    scaled[np.arange(len(counts)), scaled.argmax(1)] += np.where(total[:, 0], (1 << FREQUENCY_BITS) - scaled.sum(1), 0)
+    return scaled.astype(np.uint16)
+
+
+def rans_encode(chunks: list[np.ndarray], tables: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Code chunks of context * SYMBOLS + symbol under the tables -> (states uint32 [lanes], words uint16)."""
+    frequency = tables.astype(np.uint32)
+    start = (np.cumsum(frequency, 1, dtype=np.uint32) - frequency).ravel()
+    frequency, state, words = frequency.ravel(), np.full(lanes, LEAST_STATE, np.uint32), []
+    for chunk in reversed(chunks):  # the decoder goes forward, so the encoder goes back
+        for begin in reversed(range(0, len(chunk), lanes)):
+            index = chunk[begin:begin + lanes]
+            f, x = frequency[index], state[:len(index)]
+            full = x >> (32 - FREQUENCY_BITS) >= f
+            words.append(x[full].astype(np.uint16))
+            x = np.where(full, x >> 16, x)
+            state[:len(index)] = (x // f << FREQUENCY_BITS) + x % f + start[index]
+    return state, np.concatenate([np.empty(0, np.uint16), *reversed(words)])
+
+
+class RansDecoder:
+    """Reads back what rans_encode wrote, chunk by chunk."""
+
+    def __init__(self, state: np.ndarray, words: np.ndarray, tables: np.ndarray):
+        """Begin at the first chunk; raise ArtifactError if a table is none."""
+        self.state, self.words, self.at = state.copy(), words, 0
+        frequency = tables.astype(np.uint32)
+        if not np.isin(frequency.sum(1), (0, 1 << FREQUENCY_BITS)).all():
+            raise ArtifactError("a table of frequencies does not add up")
+        self.start = (np.cumsum(frequency, 1, dtype=np.uint32) - frequency).ravel()
+        self.frequency = frequency.ravel()
+        self.symbol = np.zeros((len(tables), 1 << FREQUENCY_BITS), np.uint8)
+        for row, f in zip(self.symbol, tables):
+            row[:int(f.sum(dtype=np.int64))] = np.repeat(np.arange(SYMBOLS), f)
+
+    def read(self, contexts: np.ndarray) -> np.ndarray:
+        """Decode one chunk: its contexts [n] -> its symbols [n]; raise ArtifactError where the words end too early."""
+        symbols, lanes = np.empty(len(contexts), np.uint8), len(self.state)
+        for begin in range(0, len(contexts), lanes):
+            context = contexts[begin:begin + lanes]
+            x = self.state[:len(context)]
+            slot = x & ((1 << FREQUENCY_BITS) - 1)
+            symbols[begin:begin + lanes] = symbol = self.symbol[context, slot]
+            index = context * SYMBOLS + symbol
+            x = self.frequency[index] * (x >> FREQUENCY_BITS) + slot - self.start[index]
+            low = np.flatnonzero(x < LEAST_STATE)
+            words = self.words[self.at:self.at + len(low)]
+            if len(words) < len(low):
+                raise ArtifactError("the coded indices end too early")
+            x[low] = x[low] << 16 | words
+            self.at += len(low)
+            self.state[:len(context)] = x
+        return symbols
+
+    def finish(self):
+        """Raise ArtifactError unless all was read, and nothing else."""
+        if self.at != len(self.words) or (self.state != LEAST_STATE).any():
+            raise ArtifactError("the coded indices do not end where they should")
+
+
+def classes_of(rows: Tensor, columns: Tensor) -> np.ndarray:
+    """Class [matrices, out, in] of every entry of a trellis tensor, from its rows' and columns' exponents (int8)."""
+    exponents = rows.numpy().astype(np.int32)[..., None] - columns.numpy()[..., None, :]
+    return (exponents + CLASS_OF_ONE).clip(0, CLASSES - 1)
+
+
+def encode_trellises(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[list[int], list[bytes]]:
+    """Code the trellis tensors NAME.q in order -> ([lanes, escapes], [frequencies, escapes, states, words])."""
+    chunks, escapes = [], []
+    for name in names:
+        indices = tensors[f"{name}.q"].numpy()
+        classes = classes_of(tensors[f"{name}.rows"], tensors[f"{name}.columns"])
+
+        def visit(rows: slice, odd: np.ndarray, indices=indices, classes=classes) -> np.ndarray:
+            symbols, more = symbols_of(indices[..., rows, :])
+            chunks.append((((classes[..., rows, :] * 2 + odd) * SYMBOLS) + symbols).ravel().astype(np.int32))
+            escapes.append(more)
+            return indices[..., rows, :]
+
+        walk_trellis(indices.shape, visit)
+    counts = sum(np.bincount(chunk, minlength=2 * CLASSES * SYMBOLS) for chunk in chunks)
+    tables = frequency_tables(counts.reshape(-1, SYMBOLS))
+    lanes = min(max(sum(map(len, chunks)) >> 13, 1), 1024)  # a lane's state takes 4 bytes
+    states, words = rans_encode(chunks, tables, lanes)
+    more = np.concatenate(escapes)
+    return [lanes, len(more)], [byte_planes(tables), byte_planes(more), states.astype("<u4").tobytes(),
+                                words.astype("<u2").tobytes()]
+
+
+def decode_trellises(tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], tables: np.ndarray,
+                     escapes: np.ndarray, states: np.ndarray, words: np.ndarray):
+    """Add the trellis tensors of these names and shapes to `tensors`, which has their rows and columns.
+
+    Raises ArtifactError if the code does not give just these.
+    """
+    decoder, at = RansDecoder(states, words, tables), 0
+    for name, shape in shapes.items():
+        rows, columns = (tensors.get(name[:-1] + side) for side in ("rows", "columns"))
+        if any(t is None or t.dtype != torch.int8 for t in (rows, columns)) or len(shape) < 2 or (
+                (*rows.shape, shape[-1]) != shape or (*shape[:-2], shape[-1]) != columns.shape):
+            raise ArtifactError(f"the artifact's {name} does not fit its rows and columns")
+        indices, classes = np.empty(shape, np.int32), classes_of(rows, columns)
+
+        def visit(rows: slice, odd: np.ndarray, indices=indices, classes=classes) -> np.ndarray:
+            nonlocal at
+            symbols = decoder.read((classes[..., rows, :] * 2 + odd).ravel())
+            needed = int((symbols >= 1 << DIRECT_BITS).sum())
+            if at + needed > len(escapes):
+                raise ArtifactError("the artifact has too few escapes")
+            indices[..., rows, :] = values_of(symbols, escapes[at:at + needed]).reshape(odd.shape)
+            at += needed
+            return indices[..., rows, :]
+
+        walk_trellis(shape, visit)
+        tensors[name] = torch.from_numpy(indices)
+    decoder.finish()
+    if at != len(escapes):
+        raise ArtifactError("the artifact has escapes that nothing needs")
 
 
 def pack_artifact(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> bytes:
-    """Serialize tensors (int8, fp16 or fp32) and a JSON-able header; `header["compressor"]` says how (brotli, lzma).
+    """Serialize tensors and a JSON-able header; `header["compressor"]` says how (brotli, lzma).
 
+    The tensors are int8, fp16, fp32 or, named NAME.q beside NAME.rows and NAME.columns, trellis indices (int32).
     Raises TypeError for any other dtype. `unpack_artifact` gives both back.
     """
     names = {dtype: name for name, dtype in ARTIFACT_DTYPES.items()}
     for name, tensor in tensors.items():
-        if tensor.dtype not in names:
+        if tensor.dtype not in names or (tensor.dtype == torch.int32 and not (
+                name.endswith(".q") and {name[:-1] + "rows", name[:-1] + "columns"} <= tensors.keys())):
             raise TypeError(f"tensor {name} is {tensor.dtype}; the artifact holds {', '.join(ARTIFACT_DTYPES)}")
     # Tensors of one dtype lie together: the compressor then sees like with like.
     ordered = sorted(tensors.items(), key=lambda item: names[item[1].dtype])
-    raw = b"".join(byte_planes(tensor) for _, tensor in ordered)
+    raw = b"".join(byte_planes(tensor) for _, tensor in ordered if tensor.dtype != torch.int32)
     compressor = header.get("compressor", "brotli")
     ends = np.cumsum([0, *cut(len(raw))])
+    pieces = [raw[begin:end] for begin, end in zip(ends, ends[1:])]
+    trellises = [name[:-2] for name, tensor in ordered if tensor.dtype == torch.int32]
+    coder, coded = encode_trellises(tensors, trellises) if trellises else ([], [])
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors release the interpreter's lock
-        streams = list(pool.map(lambda i: compress(raw[ends[i]:ends[i + 1]], compressor), range(len(ends) - 1)))
+        streams = [*pool.map(lambda piece: compress(piece, compressor), [*pieces, *coded[:2]]), *coded[2:]]
     head = {**header, "compressor": compressor,
             "tensors": [[name, names[tensor.dtype], list(tensor.shape)] for name, tensor in ordered],
-            "streams": [len(s) for s in streams]}
+            "streams": [len(s) for s in streams], "coder": coder}
     packed_head = brotli.compress(json.dumps(head, separators=(",", ":")).encode(), quality=11)
     body = struct.pack("<HI", ARTIFACT_VERSION, len(packed_head)) + packed_head + b"".join(streams)
     digest = hashlib.sha256(body).digest()
@@ -1564,7 +1948,8 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
     try:
         head = json.loads(brotli.Decompressor().process(body[:head_bytes], output_buffer_limit=1 << 20))
         table, lengths, compressor = head.pop("tensors"), head.pop("streams"), head["compressor"]
-        numbers = [*lengths, *(n for _, _, shape in table for n in shape)]
+        coder = head.pop("coder")
+        numbers = [*lengths, *coder, *(n for _, _, shape in table for n in shape)]
         if not all(type(n) is int and 0 <= n <= MAX_RAW_BYTES for n in numbers):
             raise ValueError("a size is negative, huge or no whole number")
         table = [(str(name), ARTIFACT_DTYPES[dtype], tuple(shape)) for name, dtype, shape in table]
@@ -1575,21 +1960,30 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
             raise ValueError("a tensor is there twice")
     except (brotli.error, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise ArtifactError(f"the artifact's header cannot be read: {error!r}") from error
-    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in table]
+    plain = [(name, dtype, shape) for name, dtype, shape in table if dtype != torch.int32]
+    trellises = {name: shape for name, dtype, shape in table if dtype == torch.int32}
+    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in plain]
     if compressor not in COMPRESSORS:
         raise ArtifactError(f"the artifact's compressor is {compressor!r}, not one of {', '.join(COMPRESSORS)}")
     ends = np.cumsum([head_bytes, *lengths])
-    pieces = cut(sum(sizes))
-    if len(pieces) != len(lengths) or ends[-1] != len(body):
+    pieces = cut(sum(sizes)) + ([4 * CLASSES * SYMBOLS, 4 * coder[1]] if trellises and len(coder) == 2 else [])
+    if len(pieces) + 2 * (len(trellises) > 0) != len(lengths) or ends[-1] != len(body) or (
+            trellises and (lengths[-2] != 4 * coder[0] or not coder[0] or lengths[-1] % 2)):
         raise ArtifactError("the artifact's header does not fit its streams")
+    streams = [body[begin:end] for begin, end in zip(ends, ends[1:])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        raw = bytearray().join(pool.map(lambda i: decompress(body[ends[i]:ends[i + 1]], compressor, pieces[i]),
-                                        range(len(pieces))))
+        raw = list(pool.map(lambda stream, size: decompress(stream, compressor, size), streams, pieces))
+    frequencies, escapes = raw[-2:] if trellises else (b"", b"")
+    raw = bytearray().join(raw[:-2] if trellises else raw)
     tensors, begin = {}, 0
-    for (name, dtype, shape), size in zip(table, sizes):
-        planes = np.frombuffer(raw, np.uint8, size, begin).reshape(dtype.itemsize, -1)
-        tensors[name] = torch.from_numpy(np.ascontiguousarray(planes.T)).flatten().view(dtype).reshape(shape)
+    for (name, dtype, shape), size in zip(plain, sizes):
+        tensors[name] = torch.from_numpy(from_byte_planes(raw[begin:begin + size], dtype.itemsize)
+                                         ).flatten().view(dtype).reshape(shape)
         begin += size
+    if trellises:
+        decode_trellises(tensors, trellises, from_byte_planes(frequencies, 2).view("<u2").reshape(-1, SYMBOLS),
+                         from_byte_planes(escapes, 4).view("<u4").ravel(), np.frombuffer(streams[-2], "<u4"),
+                         np.frombuffer(streams[-1], "<u2"))
     return tensors, head
 
 
@@ -1601,6 +1995,36 @@ def artifact_header(config: Config) -> dict[str, object]:
     return {"settings": settings, "compressor": config.compressor}
 
 
+def fit_artifact(config: Config, rt: Runtime, quantizer: TrellisQuantizer, most_bytes: int) -> bytes | None:
+    """Make the artifact that comes nearest to `most_bytes` from below; the bytes are rank 0's, None elsewhere.
+
+    The sizes are those of whole artifacts, and a step twice as coarse saves a bit per weight: a few secant steps on the
+    common price of all steps are enough. Raises RunStopped if even the coarsest steps take too much.
+    """
+    aim, finest = most_bytes * (1 - 2.5e-4), quantizer.price_of(MOST_BITS)
+    price, best, tried = quantizer.price_of(min(8 * aim / quantizer.weights, MOST_BITS)), b"", []
+    for _ in range(12):
+        tensors = quantizer.quantize(price)
+        artifact = pack_artifact(tensors, artifact_header(config)) if rt.main else b""
+        shared = torch.tensor([len(artifact)], device=rt.device)
+        rt.all_reduce(shared)
+        size, slope = int(shared), -quantizer.weights / 8
+        rt.log(f"fit: steps of 2^{price:.4f} make {size} of {most_bytes} bytes")
+        if size <= most_bytes:
+            best = max(best, artifact, key=len)
+            if size >= most_bytes * (1 - 5e-4) or price <= finest:
+                return best or None
+        if tried and price != tried[-1][0]:
+            secant = (size - tried[-1][1]) / (price - tried[-1][0])
+            slope = min(max(secant, 1.2 * slope), 0.02 * slope)  # fewer bits are saved where weights have none left
+        tried.append((price, size))
+        price = max(price + (aim - size) / slope, finest)
+    if rt.main and not best:
+        raise RunStopped(f"TARGET_BYTES={config.target_bytes} cannot be reached: the coarsest steps make {size} bytes "
+                         f"where {most_bytes} are left beside the code", 1)
+    return best or None
+
+
 def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tensor]) -> GPT:
     """Build the model that an artifact's tensors describe; raise ArtifactError if they do not fit its settings."""
     with torch.device("meta"):  # no initial values, which the stored ones would only replace
@@ -1609,9 +2033,13 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
     left = dict(tensors)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            integers, scale, plain = (left.pop(f"{name}{suffix}", None) for suffix in (".q", ".scale", ""))
-            if integers is not None and scale is not None and scale.shape == integers.shape[:-1]:
-                plain = dequantize(integers, scale)
+            plain, q, scale, step, columns, _ = (left.pop(f"{name}{suffix}", None) for suffix in (
+                "", ".q", ".scale", ".step", ".columns", ".rows"))
+            if q is not None and scale is not None and scale.shape == q.shape[:-1]:
+                plain = dequantize(q, scale)
+            elif q is not None and step is not None and step.shape == q.shape[:1] == columns.shape[:1]:
+                plain = dequantize_trellis(q, step, columns)
+                plain = plain.view(p.shape) if plain.numel() == p.numel() else None
             if plain is None or plain.shape != p.shape:
                 raise ArtifactError(f"the artifact has no {name} of shape {list(p.shape)}: it is another model's")
             if not plain.isfinite().all():
@@ -2307,13 +2735,13 @@ def run_training(config: Config, rt: Runtime):
         try:
             warm_up(config, rt, model, loss_fn, data)
             result = train(config, rt, model, loss_fn, data, lambda: score_line(validate().finish()))
+            record.set(steps=result.steps, train_seconds=result.seconds, step_ms=1000 * result.seconds / result.steps,
+                       tokens_per_second=round(result.steps * config.train_batch_tokens / result.seconds))
+            record.stage("prequant", "pre-quantization post-ema", validate("prequant"))
+            artifact = make_artifact(config, rt, record, model, data.in_order(1))
         except RunStopped:
             write_output(config, rt, "stopped_model.pt", weights_file(model))
             raise
-        record.set(steps=result.steps, train_seconds=result.seconds, step_ms=1000 * result.seconds / result.steps,
-                   tokens_per_second=round(result.steps * config.train_batch_tokens / result.seconds))
-        record.stage("prequant", "pre-quantization post-ema", validate("prequant"))
-        artifact = make_artifact(config, rt, record, model, data.in_order(1))
         for name, content in (("final_model.pt", weights_file(model)), (ARTIFACT_NAME, artifact),
                               ("train_gpt.py", pack_source(SOURCE))):
             write_output(config, rt, name, content)
@@ -2327,15 +2755,19 @@ def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data:
     """Calibrate, quantize and pack within the training budget's reserve; the bytes are rank 0's, None elsewhere."""
     times = [rt.clock()]
     hessians = collect_hessians(config, rt, model, data)
+    sensitivities = collect_sensitivities(config, rt, model, data) if config.quantizer == "trellis" else {}
     times.append(rt.clock())
-    tensors = quantize(config, rt, model, hessians)
+    if config.quantizer == "trellis":
+        quantizer = TrellisQuantizer(config, rt, model, hessians, sensitivities)
+        artifact = fit_artifact(config, rt, quantizer, config.target_bytes - len(pack_source(SOURCE)))
+    else:
+        tensors = quantize_rows(config, rt, model, hessians)
+        artifact = pack_artifact(tensors, artifact_header(config)) if rt.main else None
     times.append(rt.clock())
-    artifact = pack_artifact(tensors, artifact_header(config)) if rt.main else None
-    times.append(rt.clock())
-    calibration, gptq, packing = np.diff(times).tolist()
-    rt.log(f"calibration {calibration:.1f}s + GPTQ {gptq:.1f}s + packing {packing:.1f}s = {times[-1] - times[0]:.1f}s, "
-           f"GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g}")
-    record.set(calibration_seconds=calibration, quantize_seconds=gptq + packing)
+    calibration, quantization = np.diff(times).tolist()
+    rt.log(f"calibration {calibration:.1f}s + quantization and packing {quantization:.1f}s = "
+           f"{times[-1] - times[0]:.1f}s, GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g}")
+    record.set(calibration_seconds=calibration, quantize_seconds=quantization)
     return artifact
 
 
