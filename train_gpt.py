@@ -51,6 +51,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -2372,12 +2373,15 @@ def final_checks(record: Record, val: ValidationData):
         record.rt.log("compliant: see the record of the run that made the artifact")
 
 
-def pack_source(source: bytes) -> bytes:
-    """The packed script of a source; a packed script is returned as it is."""
-    return source if source.startswith(PACKED_FIRST_LINE) else compress_source(source)
+PACKED = False  # in a packed script it is True
 
 
-# -- workshop: what makes packed scripts and submissions; a packed script does without what stands between the marks --
+def pack_source(source: bytes, config: Config) -> bytes:
+    """The packed script of a source for runs with such settings; a packed script is returned as it is."""
+    if PACKED or source.startswith(PACKED_FIRST_LINE):
+        return source
+    return compress_source(source, config.preset, config.corpus, config.quantizer)
+
 
 FINEWEB_VAL_BYTES = 151_080_891  # 50,000 documents
 PUBLIC_NAMES = {"Config", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact", "SOURCE",
@@ -2385,14 +2389,72 @@ PUBLIC_NAMES = {"Config", "GPT", "build_byte_luts", "gptq_quantize", "pack_artif
 
 
 class SourceStripper(ast.NodeTransformer):
-    """Remove from a syntax tree what only a reader needs: docstrings, annotations, the settings' meanings."""
+    """Remove from a syntax tree what only a reader needs: docstrings, annotations, the settings' meanings.
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt:
-        """Reduce an annotation to a word that dataclasses and named tuples accept; drop a setting's meaning."""
-        if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "").startswith("_"):
-            node.value.args[1] = ast.Constant("")
-        node.annotation = ast.Name("int")
+    An error's sentence becomes its line in the readable script and the values that it names. The settings that the
+    script is packed for keep no other choices, and with these go the branches that they would take, where `PACKED` or
+    `config.<setting> == "<value>"` decides it.
+    """
+
+    def __init__(self, packed_for: Mapping[str, tuple[str, ...]]):
+        """Note which values of which settings the packed script is for."""
+        self.packed_for = packed_for
+
+    def visit_Raise(self, node: ast.Raise) -> ast.stmt:
+        """Put line and values where a sentence stands."""
+        call = node.exc
+        if isinstance(call, ast.Call) and isinstance(call.args[0], (ast.Constant, ast.JoinedStr)):
+            parts = getattr(call.args[0], "values", ())
+            values = [part.value for part in parts if isinstance(part, ast.FormattedValue)]
+            call.args[:1] = [ast.Tuple([ast.Constant(node.lineno), *values], ast.Load())]
         return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
+        """Reduce an annotation to a word that dataclasses and named tuples accept, and a setting to what is needed."""
+        node.annotation, name = ast.Name("int"), node.target.id
+        if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "").startswith("_"):
+            if node.value.func.id == "_collect":
+                return None
+            node.value.args[1] = ast.Constant(0)
+            if name in self.packed_for:
+                node.value.args[0] = ast.Constant(self.packed_for[name][0])
+                node.value.keywords[0].value = ast.parse(repr(self.packed_for[name]), mode="eval").body
+        return self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> ast.stmt:
+        """Keep the preset that the script is packed for."""
+        if getattr(node.targets[0], "id", "") == "PRESETS":
+            kept = [item for item in zip(node.value.keys, node.value.values)
+                    if item[0].value in self.packed_for["preset"]]
+            node.value.keys, node.value.values = map(list, zip(*kept))
+        return self.generic_visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """Decide PACKED."""
+        return ast.Constant(True) if node.id == "PACKED" and isinstance(node.ctx, ast.Load) else node
+
+    def visit_Compare(self, node: ast.Compare) -> ast.expr:
+        """Decide a comparison of a setting that the script is packed for."""
+        values = self.packed_for.get(re.sub("^config[.]", "", ast.unparse(node.left)), ())
+        value = getattr(node.comparators[0], "value", None)
+        if values and isinstance(node.ops[0], ast.Eq) and (value not in values or len(values) == 1):
+            return ast.Constant(value in values)
+        return self.generic_visit(node)
+
+    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
+        """Decide `and` and `or` as far as their parts are decided."""
+        decisive = isinstance(node.op, ast.Or)
+        parts = [self.visit(part) for part in node.values]
+        values = [part.value if isinstance(part, ast.Constant) else None for part in parts]
+        node.values = [part for part, value in zip(parts, values) if value is not (not decisive)]
+        return ast.Constant(decisive) if decisive in values else node
+
+    def visit_If(self, node: ast.If | ast.IfExp) -> ast.AST | list[ast.stmt]:
+        """Keep the branch that is taken, where that is decided."""
+        self.generic_visit(node)
+        return (node.body if node.test.value else node.orelse) if isinstance(node.test, ast.Constant) else node
+
+    visit_IfExp = visit_If
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         """Drop the annotation of a parameter."""
@@ -2403,9 +2465,41 @@ class SourceStripper(ast.NodeTransformer):
         """Drop docstring and return annotation, then visit the children."""
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
+                node.body = node.body[1:]
             node.returns = None
-        return super().generic_visit(node)
+        super().generic_visit(node)
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and not isinstance(node, ast.Module):
+            ends = [i for i, statement in enumerate(body) if isinstance(statement, ast.Return)]
+            node.body = body[:ends[0] + 1 if ends else None] or [ast.Pass()]
+        return node
+
+
+def defined_names(node: ast.stmt) -> list[str]:
+    """Names that a statement of the module makes."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = getattr(node, "targets", [node.target] if isinstance(node, ast.AnnAssign) else [])
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def drop_unused(tree: ast.Module):
+    """Drop imports and the module's own functions, classes and constants that nothing refers to."""
+    tree.body = [node for node in tree.body if getattr(node, "module", "") != "__future__"]  # no annotations are left
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom):
+            node.names = [alias for alias in node.names if alias.name in used]
+    makers: dict[str, ast.stmt] = {name: node for node in tree.body for name in defined_names(node)}
+    wanted, kept = [node for node in tree.body if not defined_names(node)] + [makers.get("SOURCE")], set()
+    while wanted:
+        node = wanted.pop()
+        if node and node not in kept:
+            kept.add(node)
+            wanted += [makers.get(name.id) for name in ast.walk(node) if isinstance(name, ast.Name)]
+    tree.body = [node for node in tree.body if node in kept]
 
 
 def shorten_names(tree: ast.Module):
@@ -2447,26 +2541,40 @@ def shorten_names(tree: ast.Module):
     rename([node for node in ast.walk(tree) if id(node) not in local], short, pairs)
 
 
-def strip_source(source: str) -> str:
-    """Return the same program for counting bytes: nothing for readers, short names, one space of indentation.
+def strip_source(source: str, preset: str = "pr1541", corpus: str = "shards", quantizer: str = "trellis") -> str:
+    """Return the program for counting bytes: nothing for readers, short names, no needless blanks.
 
-    What stands between the marks of the workshop is left out.
+    It does without MODE=help and MODE=collect, and without the code of other corpora and quantizers.
     """
-    tree = SourceStripper().visit(ast.parse(re.sub(r"(?ms)^# -- workshop.*^# -- end of the workshop", "#", source)))
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    tree.body = [node for node in tree.body if not isinstance(node, ast.Import) or
-                 (node.names[0].asname or node.names[0].name).split(".")[0] in used]
+    packed_for = {"mode": ("train", "eval", "pack"), "preset": (preset,), "corpus": (corpus,),
+                  "quantizer": (quantizer,)}
+    tree = SourceStripper(packed_for).visit(ast.parse(source))
+    drop_unused(tree)
     shorten_names(tree)
-    return re.sub(r"(?m)^( {4})+", lambda indent: " " * (len(indent[0]) // 4), ast.unparse(tree))
+    return close_gaps(re.sub(r"(?m)^( {4})+", lambda indent: " " * (len(indent[0]) // 4), ast.unparse(tree)))
+
+
+def close_gaps(source: str) -> str:
+    """Drop the blanks beside operators, strings excepted."""
+    lines, strings = source.splitlines(keepends=True), 0
+    tokens, gaps = list(tokenize.generate_tokens(io.StringIO(source).readline)), []
+    for left, right in zip(tokens, tokens[1:]):
+        strings += tokenize.tok_name[left.type] == "FSTRING_START"
+        strings -= tokenize.tok_name[left.type] == "FSTRING_END"
+        if not strings and tokenize.OP in (left.type, right.type) and left.end[0] == right.start[0]:
+            gaps.append((left.end, right.start[1]))
+    for (row, begin), end in reversed(gaps):
+        lines[row - 1] = lines[row - 1][:begin] + lines[row - 1][end:]
+    return "".join(lines)
 
 
 @functools.cache
-def compress_source(source: bytes) -> bytes:
+def compress_source(source: bytes, *packed_for: str) -> bytes:
     """Make the packed script of the readable one: stripped, Brotli-compressed, in a Latin-1 literal; deterministic.
 
     The unpacked source is registered with linecache, for whoever inspects the running code.
     """
-    packed = brotli.compress(strip_source(source.decode()).encode(), quality=11, lgwin=24)
+    packed = brotli.compress(strip_source(source.decode(), *packed_for).encode(), quality=11, lgwin=24)
     literal = packed.decode("latin1").replace("\\", r"\\").replace("\r", r"\r").replace('""', r'"\"')
     literal = re.sub('"$', r'\"', literal)
     literal = re.sub("\0(?=[0-7])", r"\\x00", literal).replace("\0", r"\0")
@@ -2598,7 +2706,9 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
     """Copy what a pull request needs to records/<date>_<name>/ and check there that it is what was measured."""
     folder = Path("records") / f"{submission['date']}_{re.sub(r'[^A-Za-z0-9.-]+', '-', config.submission_name)}"
     made = Path(config.out_dir) / "train_gpt.py"
-    codes = [pack_source(SOURCE), *([made.read_bytes()] if made.is_file() else [])]
+    like = {"preset": Config.preset, "corpus": Config.corpus, "quantizer": Config.quantizer}
+    like = dataclasses.replace(config, **{name: records[0]["settings"].get(name, like[name]) for name in like})
+    codes = [pack_source(SOURCE, like), *([made.read_bytes()] if made.is_file() else [])]
     code = next((c for c in codes if sha256(c) == submission["code_sha256"]), None)
     if code is None:
         raise UsageError(f"the records were made by other code: neither this script nor {made} packs to SHA-256 "
@@ -2665,8 +2775,6 @@ def collect(config: Config):
     if config.submission_name:
         print(f"{write_submission_folder(config, records, submission)}: ready for a pull request")
 
-
-# -- end of the workshop ---------------------------------------------------------------------------------------------
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 11. main: the pipeline
@@ -2743,7 +2851,7 @@ def run_training(config: Config, rt: Runtime):
             write_output(config, rt, "stopped_model.pt", weights_file(model))
             raise
         for name, content in (("final_model.pt", weights_file(model)), (ARTIFACT_NAME, artifact),
-                              ("train_gpt.py", pack_source(SOURCE))):
+                              ("train_gpt.py", pack_source(SOURCE, config))):
             write_output(config, rt, name, content)
         stored = rt.broadcast_bytes(read_artifact(config.out_dir) if rt.main else None)
         if rt.main and stored != artifact:
@@ -2759,7 +2867,7 @@ def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data:
     times.append(rt.clock())
     if config.quantizer == "trellis":
         quantizer = TrellisQuantizer(config, rt, model, hessians, sensitivities)
-        artifact = fit_artifact(config, rt, quantizer, config.target_bytes - len(pack_source(SOURCE)))
+        artifact = fit_artifact(config, rt, quantizer, config.target_bytes - len(pack_source(SOURCE, config)))
     else:
         tensors = quantize_rows(config, rt, model, hessians)
         artifact = pack_artifact(tensors, artifact_header(config)) if rt.main else None
@@ -2786,7 +2894,7 @@ def write_output(config: Config, rt: Runtime, name: str, data: bytes):
 
 def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationData, artifact: bytes):
     """Score an artifact's bytes in every way that is switched on, and close the record."""
-    code = pack_source(SOURCE)
+    code = pack_source(SOURCE, config)
     rt.log(f"Code size: {len(code)} bytes\nSerialized model quantized+{config.compressor}: {len(artifact)} bytes\n"
            f"Total submission size quantized+{config.compressor}: {len(code) + len(artifact)} bytes")
     record.set(artifact_bytes=len(artifact), code_bytes=len(code), total_bytes=len(code) + len(artifact),
@@ -2822,7 +2930,7 @@ def run_evaluation(config: Config, rt: Runtime):
 
 def run_pack(config: Config):
     """MODE=pack: write the packed script and print its size."""
-    code = pack_source(SOURCE)
+    code = pack_source(SOURCE, config)
     path = Path(config.out_dir) / "train_gpt.py"
     write_file(path, code)
     print(f"{path}: {len(code)} bytes, SHA-256 {sha256(code)}")
@@ -2844,8 +2952,6 @@ def read_config(env: Mapping[str, str]) -> Config:
         if not isinstance(stored, dict):
             raise ArtifactError("the artifact does not say which settings it was made with")
     config = Config.from_env(env, stored)
-    if config.mode == "collect" and SOURCE.startswith(PACKED_FIRST_LINE):
-        raise UsageError("this is the packed script: MODE=collect is in the readable train_gpt.py")
     if config.mode in ("train", "pack") and Path(__file__).resolve() == Path(config.out_dir, "train_gpt.py").resolve():
         raise UsageError(f"OUT_DIR={config.out_dir} is this script's own folder: the packed script would overwrite it")
     return config
