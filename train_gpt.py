@@ -73,6 +73,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 SOURCE = Path(__file__).read_bytes()  # as it stood when the run began: what is packed, hashed and counted
+PACKED = False  # True in the packed script, which does without what stands under it
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Config: every setting, in the order of the rooms that read it. A field's variable is its name in capitals.
@@ -201,7 +202,7 @@ class Config:
         Raises UsageError that lists every misspelt name, every bad value and every pair that does not fit.
         """
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        problems, given, base = misspelt(env, list(fields)), {}, {}
+        problems, given, base = [] if PACKED else misspelt(env, list(fields)), {}, {}
         problems += [f"the artifact was made with {name}, which is no setting of its own in this script"
                      for name in stored or () if name not in STORED_SETTINGS]
         for values, text_of in ((given, env), (base, {name.upper(): value for name, value in (stored or {}).items()})):
@@ -1696,16 +1697,15 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
 # ----------------------------------------------------------------------------------------------------------------------
 #
 #   magic "PGLF" | version u16 | header bytes u32 | SHA-256 of all that follows, version and header bytes before it
-#   header: JSON, Brotli-compressed: {settings, compressor, tensors: [[name, dtype, shape], ...], streams: [bytes, ...],
-#            coder: [lanes, escapes]}
-#   streams: the plain tensors in the header's order, one plane per byte of the dtype, cut into pieces that are
-#   compressed each on its own (so that all cores work); then what codes all trellis tensors together: frequencies,
-#   escapes (both compressed likewise), the lanes' states and the words
+#   header: JSON, Brotli-compressed: {settings, compressor, tensors: [[name, dtype, shape], ...], streams: [bytes, ...]}
+#   streams: the tensors in the header's order, one plane per byte of the dtype, those of one dtype together and cut
+#   into pieces that are compressed each on its own (so that all cores work)
 
 ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 2
 ARTIFACT_PREFIX = struct.Struct("<4sHI32s")
 PIECE_BYTES, MAX_RAW_BYTES = 4 << 20, 1 << 30
-ARTIFACT_DTYPES = {"int8": torch.int8, "float16": torch.float16, "float32": torch.float32, "trellis": torch.int32}
+ARTIFACT_DTYPES = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "float16": torch.float16,
+                   "float32": torch.float32}
 COMPRESSORS, SUBMISSION_CAP_BYTES = ("brotli", "lzma"), 16_000_000
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 
@@ -1715,24 +1715,22 @@ class ArtifactError(ValueError):
 
 
 def compress(data: bytes, compressor: str) -> bytes:
-    """Compress one piece."""
+    """Compress one piece; what does not yield at all is not tried hard."""
     if compressor == "lzma":
         return lzma.compress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    return brotli.compress(data, quality=11, lgwin=24)
+    quick = brotli.compress(data, quality=0)
+    return quick if len(quick) > 0.99 * len(data) else brotli.compress(data, quality=11, lgwin=24)
 
 
 def decompress(data: bytes, compressor: str, size: int) -> bytes:
     """Undo `compress`, never producing much more than `size` bytes; raise ArtifactError unless it is exactly that."""
-    try:
-        if compressor == "lzma":
-            raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, max_length=size + 1)
-            finished = True
-        else:
-            stream = brotli.Decompressor()
-            raw = stream.process(data, output_buffer_limit=size + 1)
-            finished = stream.is_finished()
-    except (brotli.error, lzma.LZMAError, EOFError) as error:
-        raise ArtifactError(f"a stream of the artifact does not decompress: {error}") from error
+    if compressor == "lzma":
+        raw = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS).decompress(data, max_length=size + 1)
+        finished = True
+    else:
+        stream = brotli.Decompressor()
+        raw = stream.process(data, output_buffer_limit=size + 1)
+        finished = stream.is_finished()
     if len(raw) != size or not finished:
         raise ArtifactError(f"a stream of the artifact should hold {size} bytes, but does not")
     return raw
@@ -1743,15 +1741,10 @@ def cut(size: int) -> list[int]:
     return [min(PIECE_BYTES, size - begin) for begin in range(0, size, PIECE_BYTES)]
 
 
-def byte_planes(values: Tensor | np.ndarray) -> bytes:
-    """The little-endian bytes of some numbers, all first bytes, then all second bytes, ..."""
-    array = np.ascontiguousarray(values.detach().cpu().numpy() if isinstance(values, Tensor) else values)
+def byte_planes(tensor: Tensor) -> bytes:
+    """A tensor's little-endian bytes, all first bytes, then all second bytes, ..."""
+    array = np.ascontiguousarray(tensor.detach().cpu().numpy())
     return array.reshape(-1).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()
-
-
-def from_byte_planes(data: bytes, itemsize: int) -> np.ndarray:
-    """Undo byte_planes: the numbers' bytes, uint8 [n, itemsize]."""
-    return np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(itemsize, -1).T)
 
 
 # Trellis indices are coded by range asymmetric numeral systems (Duda 2013) in interleaved lanes, each a 32-bit state
@@ -1761,6 +1754,7 @@ def from_byte_planes(data: bytes, itemsize: int) -> np.ndarray:
 FREQUENCY_BITS, SYMBOLS, DIRECT_BITS = 14, 64, 5
 CLASSES, CLASS_OF_ONE = 64, 16
 LEAST_STATE = 1 << 16
+CODE_TENSORS = ("code.tables", "code.escapes", "code.states", "code.words")
 
 
 def symbols_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1819,7 +1813,7 @@ class RansDecoder:
             row[:int(f.sum(dtype=np.int64))] = np.repeat(np.arange(SYMBOLS), f)
 
     def read(self, contexts: np.ndarray) -> np.ndarray:
-        """Decode one chunk: its contexts [n] -> its symbols [n]; raise ArtifactError where the words end too early."""
+        """Decode one chunk: its contexts [n] -> its symbols [n]; raise ValueError where the words end too early."""
         symbols, lanes = np.empty(len(contexts), np.uint8), len(self.state)
         for begin in range(0, len(contexts), lanes):
             context = contexts[begin:begin + lanes]
@@ -1830,103 +1824,91 @@ class RansDecoder:
             x = self.frequency[index] * (x >> FREQUENCY_BITS) + slot - self.start[index]
             low = np.flatnonzero(x < LEAST_STATE)
             words = self.words[self.at:self.at + len(low)]
-            if len(words) < len(low):
-                raise ArtifactError("the coded indices end too early")
             x[low] = x[low] << 16 | words
             self.at += len(low)
             self.state[:len(context)] = x
         return symbols
 
-    def finish(self):
-        """Raise ArtifactError unless all was read, and nothing else."""
-        if self.at != len(self.words) or (self.state != LEAST_STATE).any():
-            raise ArtifactError("the coded indices do not end where they should")
+    def left(self) -> bool:
+        """Whether something is left unread, or something else was read than was written."""
+        return self.at != len(self.words) or (self.state != LEAST_STATE).any()
 
 
-def classes_of(rows: Tensor, columns: Tensor) -> np.ndarray:
-    """Class [matrices, out, in] of every entry of a trellis tensor, from its rows' and columns' exponents (int8)."""
-    exponents = rows.numpy().astype(np.int32)[..., None] - columns.numpy()[..., None, :]
-    return (exponents + CLASS_OF_ONE).clip(0, CLASSES - 1)
+def trellis_contexts(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
+    """Contexts [matrices, out, in] of the entries of NAME.q where they take even multiples; odd ones have one more."""
+    rows, columns = (tensors[f"{name}.{side}"].numpy().astype(np.int64) for side in ("rows", "columns"))
+    if rows.size * columns.shape[-1] > MAX_RAW_BYTES:
+        raise ArtifactError(f"{name} is huge")
+    return 2 * (rows[..., None] - columns[..., None, :] + CLASS_OF_ONE).clip(0, CLASSES - 1)
 
 
-def encode_trellises(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[list[int], list[bytes]]:
-    """Code the trellis tensors NAME.q in order -> ([lanes, escapes], [frequencies, escapes, states, words])."""
+def encode_trellises(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace the indices NAME.q of all trellis tensors, those with NAME.rows and NAME.columns, by their code."""
+    names = sorted(name[:-8] for name in tensors if name.endswith(".columns"))
+    plain = {key: tensor for key, tensor in tensors.items() if key[:-2] not in names}
     chunks, escapes = [], []
     for name in names:
-        indices = tensors[f"{name}.q"].numpy()
-        classes = classes_of(tensors[f"{name}.rows"], tensors[f"{name}.columns"])
+        indices, contexts = tensors[f"{name}.q"].numpy(), trellis_contexts(tensors, name)
 
-        def visit(rows: slice, odd: np.ndarray, indices=indices, classes=classes) -> np.ndarray:
+        def visit(rows: slice, odd: np.ndarray, indices=indices, contexts=contexts) -> np.ndarray:
             symbols, more = symbols_of(indices[..., rows, :])
-            chunks.append((((classes[..., rows, :] * 2 + odd) * SYMBOLS) + symbols).ravel().astype(np.int32))
-            escapes.append(more)
+            chunks.append(((contexts[..., rows, :] + odd) * SYMBOLS + symbols).ravel().astype(np.int32))
+            escapes.append(more.view(np.int32))
             return indices[..., rows, :]
 
         walk_trellis(indices.shape, visit)
-    counts = sum(np.bincount(chunk, minlength=2 * CLASSES * SYMBOLS) for chunk in chunks)
-    tables = frequency_tables(counts.reshape(-1, SYMBOLS))
-    lanes = min(max(sum(map(len, chunks)) >> 13, 1), 1024)  # a lane's state takes 4 bytes
-    states, words = rans_encode(chunks, tables, lanes)
-    more = np.concatenate(escapes)
-    return [lanes, len(more)], [byte_planes(tables), byte_planes(more), states.astype("<u4").tobytes(),
-                                words.astype("<u2").tobytes()]
+    if chunks:
+        counts = sum(np.bincount(chunk, minlength=2 * CLASSES * SYMBOLS) for chunk in chunks)
+        tables = frequency_tables(counts.reshape(-1, SYMBOLS))
+        lanes = min(max(sum(map(len, chunks)) >> 13, 1), 1024)  # a lane's state takes 4 bytes
+        states, words = rans_encode(chunks, tables, lanes)
+        code = (tables.astype(np.int32), np.concatenate(escapes), states.view(np.int32), words.view(np.int16))
+        plain |= zip(CODE_TENSORS, map(torch.from_numpy, code))
+    return plain
 
 
-def decode_trellises(tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], tables: np.ndarray,
-                     escapes: np.ndarray, states: np.ndarray, words: np.ndarray):
-    """Add the trellis tensors of these names and shapes to `tensors`, which has their rows and columns.
+def decode_trellises(tensors: dict[str, Tensor]):
+    """Undo encode_trellises, in place; raise ArtifactError if the code does not give just the trellis tensors."""
+    names = sorted(name[:-8] for name in tensors if name.endswith(".columns"))
+    tables, escapes, states, words = (tensors.pop(name).numpy() for name in CODE_TENSORS) if names else [()] * 4
+    decoder, at = RansDecoder(states.view(np.uint32), words.view(np.uint16), tables) if names else None, 0
+    for name in names:
+        contexts = trellis_contexts(tensors, name)
+        indices = np.empty(contexts.shape, np.int32)
 
-    Raises ArtifactError if the code does not give just these.
-    """
-    decoder, at = RansDecoder(states, words, tables), 0
-    for name, shape in shapes.items():
-        rows, columns = (tensors.get(name[:-1] + side) for side in ("rows", "columns"))
-        if any(t is None or t.dtype != torch.int8 for t in (rows, columns)) or len(shape) < 2 or (
-                (*rows.shape, shape[-1]) != shape or (*shape[:-2], shape[-1]) != columns.shape):
-            raise ArtifactError(f"the artifact's {name} does not fit its rows and columns")
-        indices, classes = np.empty(shape, np.int32), classes_of(rows, columns)
-
-        def visit(rows: slice, odd: np.ndarray, indices=indices, classes=classes) -> np.ndarray:
+        def visit(rows: slice, odd: np.ndarray, indices=indices, contexts=contexts) -> np.ndarray:
             nonlocal at
-            symbols = decoder.read((classes[..., rows, :] * 2 + odd).ravel())
-            needed = int((symbols >= 1 << DIRECT_BITS).sum())
-            if at + needed > len(escapes):
-                raise ArtifactError("the artifact has too few escapes")
-            indices[..., rows, :] = values_of(symbols, escapes[at:at + needed]).reshape(odd.shape)
-            at += needed
+            symbols = decoder.read((contexts[..., rows, :] + odd).ravel())
+            begin, at = at, at + np.count_nonzero(symbols >= 1 << DIRECT_BITS)
+            indices[..., rows, :] = values_of(symbols, escapes[begin:at].view(np.uint32)).reshape(odd.shape)
             return indices[..., rows, :]
 
-        walk_trellis(shape, visit)
-        tensors[name] = torch.from_numpy(indices)
-    decoder.finish()
-    if at != len(escapes):
-        raise ArtifactError("the artifact has escapes that nothing needs")
+        walk_trellis(indices.shape, visit)
+        tensors[f"{name}.q"] = torch.from_numpy(indices)
+    if names and (decoder.left() or at != len(escapes)):
+        raise ArtifactError("the coded indices do not end where they should")
 
 
 def pack_artifact(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -> bytes:
     """Serialize tensors and a JSON-able header; `header["compressor"]` says how (brotli, lzma).
 
-    The tensors are int8, fp16, fp32 or, named NAME.q beside NAME.rows and NAME.columns, trellis indices (int32).
-    Raises TypeError for any other dtype. `unpack_artifact` gives both back.
+    Raises TypeError for dtypes but int8, int16, int32, fp16 and fp32. `unpack_artifact` gives both back.
     """
     names = {dtype: name for name, dtype in ARTIFACT_DTYPES.items()}
     for name, tensor in tensors.items():
-        if tensor.dtype not in names or (tensor.dtype == torch.int32 and not (
-                name.endswith(".q") and {name[:-1] + "rows", name[:-1] + "columns"} <= tensors.keys())):
+        if tensor.dtype not in names:
             raise TypeError(f"tensor {name} is {tensor.dtype}; the artifact holds {', '.join(ARTIFACT_DTYPES)}")
     # Tensors of one dtype lie together: the compressor then sees like with like.
-    ordered = sorted(tensors.items(), key=lambda item: names[item[1].dtype])
-    raw = b"".join(byte_planes(tensor) for _, tensor in ordered if tensor.dtype != torch.int32)
-    compressor = header.get("compressor", "brotli")
-    ends = np.cumsum([0, *cut(len(raw))])
-    pieces = [raw[begin:end] for begin, end in zip(ends, ends[1:])]
-    trellises = [name[:-2] for name, tensor in ordered if tensor.dtype == torch.int32]
-    coder, coded = encode_trellises(tensors, trellises) if trellises else ([], [])
+    ordered = sorted(encode_trellises(tensors).items(), key=lambda item: names[item[1].dtype])
+    compressor, pieces = header.get("compressor", "brotli"), []
+    for _, group in itertools.groupby(ordered, key=lambda item: item[1].dtype):
+        raw = b"".join(byte_planes(tensor) for _, tensor in group)
+        pieces += [raw[begin:begin + PIECE_BYTES] for begin in range(0, len(raw), PIECE_BYTES)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors release the interpreter's lock
-        streams = [*pool.map(lambda piece: compress(piece, compressor), [*pieces, *coded[:2]]), *coded[2:]]
+        streams = list(pool.map(lambda piece: compress(piece, compressor), pieces))
     head = {**header, "compressor": compressor,
             "tensors": [[name, names[tensor.dtype], list(tensor.shape)] for name, tensor in ordered],
-            "streams": [len(s) for s in streams], "coder": coder}
+            "streams": [len(s) for s in streams]}
     packed_head = brotli.compress(json.dumps(head, separators=(",", ":")).encode(), quality=11)
     body = struct.pack("<HI", ARTIFACT_VERSION, len(packed_head)) + packed_head + b"".join(streams)
     digest = hashlib.sha256(body).digest()
@@ -1947,44 +1929,40 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
     if hashlib.sha256(struct.pack("<HI", version, head_bytes) + body).digest() != digest:
         raise ArtifactError("the artifact is damaged: its checksum does not fit (truncated or altered)")
     try:
-        head = json.loads(brotli.Decompressor().process(body[:head_bytes], output_buffer_limit=1 << 20))
-        table, lengths, compressor = head.pop("tensors"), head.pop("streams"), head["compressor"]
-        coder = head.pop("coder")
-        numbers = [*lengths, *coder, *(n for _, _, shape in table for n in shape)]
-        if not all(type(n) is int and 0 <= n <= MAX_RAW_BYTES for n in numbers):
-            raise ValueError("a size is negative, huge or no whole number")
-        table = [(str(name), ARTIFACT_DTYPES[dtype], tuple(shape)) for name, dtype, shape in table]
-        # An empty tensor, too, must be one that fits: zeros among the sizes count as ones.
-        if sum(math.prod(max(n, 1) for n in shape) * d.itemsize for _, d, shape in table) > MAX_RAW_BYTES:
-            raise ValueError("the tensors are huge")
-        if len({name for name, _, _ in table}) != len(table):
-            raise ValueError("a tensor is there twice")
-    except (brotli.error, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ArtifactError(f"the artifact's header cannot be read: {error!r}") from error
-    plain = [(name, dtype, shape) for name, dtype, shape in table if dtype != torch.int32]
-    trellises = {name: shape for name, dtype, shape in table if dtype == torch.int32}
-    sizes = [math.prod(shape) * dtype.itemsize for _, dtype, shape in plain]
-    if compressor not in COMPRESSORS:
-        raise ArtifactError(f"the artifact's compressor is {compressor!r}, not one of {', '.join(COMPRESSORS)}")
+        return read_body(body, head_bytes)
+    except (brotli.error, lzma.LZMAError, EOFError, ArithmeticError, AttributeError, LookupError, RuntimeError,
+            TypeError, ValueError) as error:
+        raise ArtifactError(f"the artifact cannot be read: {error!r}") from error
+
+
+def read_body(body: bytes, head_bytes: int) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """Read header and streams; whatever they hold, an error is one of those that unpack_artifact expects."""
+    head = json.loads(brotli.Decompressor().process(body[:head_bytes], output_buffer_limit=1 << 20))
+    table, lengths, compressor = head.pop("tensors"), head.pop("streams"), head["compressor"]
+    numbers = [*lengths, *(n for *_, shape in table for n in shape)]
+    if not all(type(n) is int and 0 <= n <= MAX_RAW_BYTES for n in numbers):
+        raise ArtifactError("a size is negative, huge or no whole number")
+    table = [(str(name), ARTIFACT_DTYPES[dtype], shape) for name, dtype, shape in table]
+    # An empty tensor, too, must be one that fits: zeros among the sizes count as ones.
+    if sum(math.prod(max(n, 1) for n in shape) * dtype.itemsize for _, dtype, shape in table) > MAX_RAW_BYTES:
+        raise ArtifactError("the tensors are huge")
+    if len({name for name, *_ in table}) != len(table) or compressor not in COMPRESSORS:
+        raise ArtifactError(f"a tensor is there twice, or the compressor {compressor!r} is none of this script's")
+    groups = [list(group) for _, group in itertools.groupby(table, key=lambda entry: entry[1])]
+    pieces = [size for group in groups for size in cut(sum(math.prod(shape) * t.itemsize for _, t, shape in group))]
     ends = np.cumsum([head_bytes, *lengths])
-    pieces = cut(sum(sizes)) + ([4 * CLASSES * SYMBOLS, 4 * coder[1]] if trellises and len(coder) == 2 else [])
-    if len(pieces) + 2 * (len(trellises) > 0) != len(lengths) or ends[-1] != len(body) or (
-            trellises and (lengths[-2] != 4 * coder[0] or not coder[0] or lengths[-1] % 2)):
-        raise ArtifactError("the artifact's header does not fit its streams")
-    streams = [body[begin:end] for begin, end in zip(ends, ends[1:])]
+    if len(pieces) != len(lengths) or ends[-1] != len(body):
+        raise ArtifactError("the header does not fit the streams")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        raw = list(pool.map(lambda stream, size: decompress(stream, compressor, size), streams, pieces))
-    frequencies, escapes = raw[-2:] if trellises else (b"", b"")
-    raw = bytearray().join(raw[:-2] if trellises else raw)
+        raw = bytearray().join(pool.map(lambda begin, end, size: decompress(body[begin:end], compressor, size),
+                                        ends, ends[1:], pieces))
     tensors, begin = {}, 0
-    for (name, dtype, shape), size in zip(plain, sizes):
-        tensors[name] = torch.from_numpy(from_byte_planes(raw[begin:begin + size], dtype.itemsize)
-                                         ).flatten().view(dtype).reshape(shape)
-        begin += size
-    if trellises:
-        decode_trellises(tensors, trellises, from_byte_planes(frequencies, 2).view("<u2").reshape(-1, SYMBOLS),
-                         from_byte_planes(escapes, 4).view("<u4").ravel(), np.frombuffer(streams[-2], "<u4"),
-                         np.frombuffer(streams[-1], "<u2"))
+    for name, dtype, shape in table:
+        end = begin + math.prod(shape) * dtype.itemsize
+        planes = np.frombuffer(raw[begin:end], np.uint8).reshape(dtype.itemsize, -1)
+        tensors[name] = torch.from_numpy(np.ascontiguousarray(planes.T)).flatten().view(dtype).reshape(shape)
+        begin = end
+    decode_trellises(tensors)
     return tensors, head
 
 
@@ -2373,14 +2351,11 @@ def final_checks(record: Record, val: ValidationData):
         record.rt.log("compliant: see the record of the run that made the artifact")
 
 
-PACKED = False  # in a packed script it is True
-
-
 def pack_source(source: bytes, config: Config) -> bytes:
     """The packed script of a source for runs with such settings; a packed script is returned as it is."""
     if PACKED or source.startswith(PACKED_FIRST_LINE):
         return source
-    return compress_source(source, config.preset, config.corpus, config.quantizer)
+    return compress_source(source, config.preset, config.corpus, config.quantizer, config.compressor)
 
 
 FINEWEB_VAL_BYTES = 151_080_891  # 50,000 documents
@@ -2405,7 +2380,8 @@ class SourceStripper(ast.NodeTransformer):
         call = node.exc
         if isinstance(call, ast.Call) and isinstance(call.args[0], (ast.Constant, ast.JoinedStr)):
             parts = getattr(call.args[0], "values", ())
-            values = [part.value for part in parts if isinstance(part, ast.FormattedValue)]
+            values = [part.value for part in parts if isinstance(part, ast.FormattedValue)
+                      and getattr(part.value, "id", "") != "HOW_TO_GET_DATA"]
             call.args[:1] = [ast.Tuple([ast.Constant(node.lineno), *values], ast.Load())]
         return self.generic_visit(node)
 
@@ -2492,6 +2468,7 @@ def drop_unused(tree: ast.Module):
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
             node.names = [alias for alias in node.names if alias.name in used]
+    tree.body = [node for node in tree.body if getattr(node, "names", True)]
     makers: dict[str, ast.stmt] = {name: node for node in tree.body for name in defined_names(node)}
     wanted, kept = [node for node in tree.body if not defined_names(node)] + [makers.get("SOURCE")], set()
     while wanted:
@@ -2541,13 +2518,14 @@ def shorten_names(tree: ast.Module):
     rename([node for node in ast.walk(tree) if id(node) not in local], short, pairs)
 
 
-def strip_source(source: str, preset: str = "pr1541", corpus: str = "shards", quantizer: str = "trellis") -> str:
+def strip_source(source: str, preset: str = "pr1541", corpus: str = "shards", quantizer: str = "trellis",
+                 compressor: str = "brotli") -> str:
     """Return the program for counting bytes: nothing for readers, short names, no needless blanks.
 
-    It does without MODE=help and MODE=collect, and without the code of other corpora and quantizers.
+    It does without MODE=help and MODE=collect, and without the code that other settings would need.
     """
     packed_for = {"mode": ("train", "eval", "pack"), "preset": (preset,), "corpus": (corpus,),
-                  "quantizer": (quantizer,)}
+                  "quantizer": (quantizer,), "compressor": (compressor,)}
     tree = SourceStripper(packed_for).visit(ast.parse(source))
     drop_unused(tree)
     shorten_names(tree)
@@ -2706,8 +2684,8 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
     """Copy what a pull request needs to records/<date>_<name>/ and check there that it is what was measured."""
     folder = Path("records") / f"{submission['date']}_{re.sub(r'[^A-Za-z0-9.-]+', '-', config.submission_name)}"
     made = Path(config.out_dir) / "train_gpt.py"
-    like = {"preset": Config.preset, "corpus": Config.corpus, "quantizer": Config.quantizer}
-    like = dataclasses.replace(config, **{name: records[0]["settings"].get(name, like[name]) for name in like})
+    like = dataclasses.replace(Config(), **{key: value for key, value in records[0]["settings"].items() if key in (
+        "preset", "corpus", "quantizer", "compressor")})
     codes = [pack_source(SOURCE, like), *([made.read_bytes()] if made.is_file() else [])]
     code = next((c for c in codes if sha256(c) == submission["code_sha256"]), None)
     if code is None:
