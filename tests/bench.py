@@ -1,8 +1,14 @@
-"""Figures, not tests: python tests/bench.py speed [--data DIR] [--json FILE]
+"""Figures, not tests: python tests/bench.py speed|quantization [--data DIR] [--weights FILE] [--json FILE]
 
 `speed` times training steps of the small model of the README's 200-step run, without and with loops, in this script's
 form and written plainly (one product per matrix, F.rms_norm, whole logits, micro-batches of 2048 tokens, as the
 published script runs on one device), in turn, and this machine's own matrix product in the same run: quote the ratios.
+
+`quantization` packs the trained small model (--weights: final_model.pt of the README's 200-step run; without it, 200
+steps are trained first) by several methods into as many bytes as PR #1541's takes, and measures what is lost:
+distortion tr(E H E^T) over all matrices, in dB against PR #1541's; the same weighted by sensitivity; dB above Shannon's
+bound (reverse water-filling over the Hessians' eigenvalues and the rows' variances, at the method's own weights and
+bits); bits per byte before and after.
 """
 import argparse
 import json
@@ -13,17 +19,20 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_gpt
-from train_gpt import GPT, Config, Optimizer, Runtime, TrainData, WeightAverage
+from train_gpt import GPT, Config, Optimizer, Runtime, TrainData, TrellisQuantizer, ValidationData, WeightAverage
 
 SMALL = {"SEED": "42", "NUM_LAYERS": "11", "MODEL_DIM": "128", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
          "TRAIN_SEQ_LEN": "256", "EVAL_SEQ_LEN": "256", "ROPE_TRAIN_SEQ_LEN": "256", "TRAIN_BATCH_TOKENS": "16384",
          "TTT_CHUNK_TOKENS": "16384"}
+RUN_200 = {"MUON_MOMENTUM": "0.95", "MUON_MOMENTUM_WARMUP_STEPS": "50", "EMA_DECAY": "0.95", "ITERATIONS": "200",
+           "MAX_WALLCLOCK_SECONDS": "0", "VAL_LOSS_EVERY": "0", "GPTQ_CALIBRATION_BATCHES": "16"}
 
 
 class PlainGPT(GPT):
@@ -122,17 +131,146 @@ def speed(data_dir: str) -> list[dict]:
     return rows
 
 
+class Quantization:
+    """The trained small model, its Hessians, and what several ways of quantizing it cost."""
+
+    def __init__(self, data_dir: str, weights: Path | None):
+        self.config = Config.from_env({**SMALL, **RUN_200, "DATA_DIR": data_dir})
+        self.rt = Runtime(self.config)
+        self.val = ValidationData(self.config, self.rt, train_gpt.load_tokenizer(self.config))
+        data = TrainData(self.config, self.rt)
+        torch.manual_seed(self.config.seed)
+        self.model = GPT(self.config).to_compute(self.rt)
+        if weights:
+            self.model.load_state_dict(torch.load(weights, weights_only=True))
+            self.model.looping = True
+        else:
+            train_gpt.train(self.config, self.rt, self.model, self.model, data, lambda: "")
+        data = data.in_order(1)
+        self.hessians = train_gpt.collect_hessians(self.config, self.rt, self.model, data)
+        self.sensitivities = train_gpt.collect_sensitivities(self.config, self.rt, self.model, data)
+        self.before = self.bpb(self.model)
+
+    def bpb(self, model: GPT) -> float:
+        """Plain score of the split."""
+        scores = train_gpt.evaluate(self.config, self.rt, model.nll, self.val, self.config.eval_seq_len, "score")
+        return scores.finish()["val_bpb"]
+
+    def matrices(self, model: GPT):
+        """(weights [out, in], site) of all that is quantized."""
+        for name, p in model.named_parameters():
+            if p.numel() > train_gpt.KEPT_FP16_ELEMENTS:
+                yield from zip(p.detach().view(-1, *p.shape[-2:]).double(), model.matrix_sites()[name])
+
+    def distortion(self, model: GPT, weights: dict[str, float]) -> float:
+        """Sum of weight * tr(E H E^T)."""
+        total = 0.0
+        for (w, site), (approximate, _) in zip(self.matrices(self.model), self.matrices(model)):
+            error = w - approximate
+            total += weights[site] * float((error @ self.hessians[site].double() * error).sum())
+        return total
+
+    def bound(self, weights: dict[str, float], bits: float) -> float:
+        """Least distortion of Gaussian rows with these variances in so many bits: reverse water-filling."""
+        power = torch.cat([(weights[site] * w.var(1)[:, None] * torch.linalg.eigvalsh(self.hessians[site].double())
+                            .clamp_min(0)).flatten() for w, site in self.matrices(self.model)])
+        low, high = -100.0, math.log2(float(power.max()))
+        for _ in range(60):
+            level = (low + high) / 2
+            needed = float((power / 2**level).clamp_min(1).log2().sum()) / 2
+            low, high = (level, high) if needed > bits else (low, level)
+        return float(power.clamp_max(2**level).sum())
+
+    def row(self, method: str, make) -> dict:
+        """Measure what `make` -> artifact's bytes costs."""
+        begin = time.perf_counter()
+        artifact = make()
+        quantize_s = time.perf_counter() - begin
+        begin = time.perf_counter()
+        tensors, _ = train_gpt.unpack_artifact(artifact)
+        decode_s = time.perf_counter() - begin
+        encode_s = seconds(lambda: train_gpt.pack_artifact(tensors, {}))
+        model = train_gpt.model_from_artifact(self.config, self.rt, dict(tensors))
+        kept = {k: t for k, t in tensors.items() if "." not in k}
+        count = sum(w.numel() for w, _ in self.matrices(self.model))
+        bits = 8 * (len(artifact) - len(train_gpt.pack_artifact(kept, {})))  # all but the tensors that stay fp16
+        own = self.weights_of(method)
+        return {"method": method, "bits_per_weight": round(bits / count, 4), "total_bytes": len(artifact),
+                "distortion": self.distortion(model, dict.fromkeys(self.hessians, 1.0)),
+                "cost": self.distortion(model, self.weights_of("sensitivity")),
+                "db_above_bound": round(10 * math.log10(self.distortion(model, own) / self.bound(own, bits)), 2),
+                "bpb_before": round(self.before, 5), "bpb_after": round(self.bpb(model), 5),
+                "encode_s": round(encode_s, 2), "decode_s": round(decode_s, 2), "quantize_s": round(quantize_s, 1),
+                "coder_overhead": coder_overhead(tensors)}
+
+    def weights_of(self, method: str) -> dict[str, float]:
+        """What a method minimizes the distortion under."""
+        return {site: float(self.sensitivities[site]) if "sensitivity" in method else 1.0 for site in self.hessians}
+
+    def trellis(self, method: str, most_bytes: int) -> bytes:
+        """The artifact of TrellisQuantizer at so many bytes."""
+        weights = {site: torch.tensor(weight) for site, weight in self.weights_of(method).items()}
+        quantizer = TrellisQuantizer(self.config, self.rt, self.model, self.hessians, weights)
+        return train_gpt.fit_artifact(self.config, self.rt, quantizer, most_bytes)
+
+
+def coder_overhead(tensors: dict[str, torch.Tensor]) -> float | None:
+    """Bytes of the entropy coder's tensors, packed alone, over the entropy of the indices in their contexts."""
+    coded = {k: t for k, t in train_gpt.encode_trellises(tensors).items() if k.startswith("code.")}
+    if not coded:
+        return None
+    ideal, counts = 0.0, {}
+    for name in [k[:-8] for k in tensors if k.endswith(".columns")]:
+        indices, contexts = tensors[f"{name}.q"].numpy(), train_gpt.trellis_contexts(tensors, name)
+
+        def visit(rows, odd, indices=indices, contexts=contexts):
+            for pair, n in zip(*np.unique((contexts[..., rows, :] + odd << 32) + indices[..., rows, :],
+                                          return_counts=True)):
+                counts.setdefault(int(pair + 2**31) >> 32, {}).setdefault(int(pair), 0)
+                counts[int(pair + 2**31) >> 32][int(pair)] += int(n)
+            return indices[..., rows, :]
+
+        train_gpt.walk_trellis(indices.shape, visit)
+    for histogram in counts.values():
+        n = np.array(list(histogram.values()))
+        ideal -= float((n * np.log2(n / n.sum())).sum())
+    return round(8 * len(train_gpt.pack_artifact(coded, {})) / ideal - 1, 5)
+
+
+def quantization(data_dir: str, weights: Path | None) -> list[dict]:
+    """One row for each method, all at the bytes of the first."""
+    q = Quantization(data_dir, weights)
+    published = train_gpt.pack_artifact(train_gpt.quantize_rows(q.config, q.rt, q.model, q.hessians), {})
+    rows = [q.row("sdclip + Brotli", lambda: train_gpt.pack_artifact(
+        train_gpt.quantize_rows(q.config, q.rt, q.model, q.hessians), {}))]
+    for method in ("columns", "columns + trellis", "columns + trellis + sensitivity"):
+        patched = {} if "trellis" in method else {"NEXT_STATE": ((0, 0),) * 4,
+                                                  "round_columns": lambda y: 2 * (y / 2).round()}
+        kept = {name: getattr(train_gpt, name) for name in patched}
+        vars(train_gpt).update(patched)
+        try:
+            rows.append(q.row(method, lambda method=method: q.trellis(method, len(published))))
+        finally:
+            vars(train_gpt).update(kept)
+    for row in rows[::-1]:
+        for key in ("distortion", "cost"):
+            row[f"{key}_db_vs_sdclip"] = round(10 * math.log10(row[key] / rows[0][key]), 2)
+    return [{key: value for key, value in row.items() if key not in ("distortion", "cost")} for row in rows]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["speed"])
+    parser.add_argument("what", choices=["speed", "quantization"])
     parser.add_argument("--data", help="DATA_DIR with SP8192 shards; without it, random tokens")
+    parser.add_argument("--weights", type=Path, help="quantization: final_model.pt of the 200-step run")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.data:
             tokens = torch.randint(3, 8192, (100_000,)).numpy()
             train_gpt.write_shard(Path(folder) / "datasets/fineweb10B_sp8192/fineweb_train_000000.bin", tokens)
-        rows = speed(arguments.data or folder)
+        rows = (speed(arguments.data or folder) if arguments.what == "speed" else
+                quantization(arguments.data, arguments.weights))
     print(" | ".join(rows[0]))
     for row in rows:
         print(" | ".join(map(str, row.values())))

@@ -466,7 +466,7 @@ def test_the_full_model_fits_the_cap(rt):
              for site, matrix in zip(names, getattr(model, bank) if bank != "embedding" else [model.embedding])}
     tensors = train_gpt.quantize(config, rt, model, {site: torch.eye(width) for site, width in sites.items()})
     artifact = pack_artifact(tensors, artifact_header(config))
-    code = train_gpt.pack_source(train_gpt.SOURCE)
+    code = train_gpt.pack_source(train_gpt.SOURCE, train_gpt.Config())
     print(f"code {len(code)} + artifact {len(artifact)} = {len(code) + len(artifact)} bytes")
     assert len(code) + len(artifact) < train_gpt.SUBMISSION_CAP_BYTES == 16_000_000
     restored, head = unpack_artifact(artifact)

@@ -761,7 +761,7 @@ def test_a_submission_over_the_cap_is_not_compliant(corpus, tmp_path, rt):
     """16,024,793 bytes (#1809): the cap is decimal, and code counts."""
     assert train_gpt.SUBMISSION_CAP_BYTES == 16_000_000
     assert train_gpt.TRAIN_LIMIT_SECONDS == train_gpt.EVAL_LIMIT_SECONDS == 600
-    code = len(train_gpt.pack_source(SOURCE))
+    code = len(train_gpt.pack_source(SOURCE, tiny_run_config(tmp_path, corpus[0])))
     record = tiny_run(tmp_path / "a", corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
     assert record["code_bytes"] == code and record["total_bytes"] == code + record["artifact_bytes"]
     assert record["artifact_bytes"] == (tmp_path / "a" / "out" / "final_model.ptz").stat().st_size
@@ -779,7 +779,7 @@ def test_later_seeds_pack_the_same_code(corpus, tmp_path, rt):
     assert len({(record["code_sha256"], record["code_bytes"]) for record in records}) == 1
     assert records[0]["artifact_sha256"] != records[1]["artifact_sha256"]
     packed = (tmp_path / "out" / "train_gpt.py").read_bytes()
-    assert len(packed) == records[1]["code_bytes"] <= 20_000 and train_gpt.pack_source(packed) == packed
+    assert len(packed) == records[1]["code_bytes"] and train_gpt.pack_source(packed, train_gpt.Config()) == packed
 
 
 def test_settings_in_the_record_are_the_settings_in_force(corpus, tmp_path, rt):
@@ -937,11 +937,11 @@ def test_nothing_outside_is_needed():
 
 def test_the_packed_script_parses_on_python_310():
     """#1541 did not: nested quotes in an f-string."""
-    packed = train_gpt.pack_source(SOURCE)
+    packed = train_gpt.pack_source(SOURCE, train_gpt.Config())
     assert len(packed) <= 20_000
     ast.parse(packed, feature_version=(3, 10))
     ast.parse(train_gpt.strip_source(SOURCE.decode()), feature_version=(3, 10))
-    code = "import sys; from train_gpt import *; print(len(pack_source(SOURCE)))"
+    code = "import sys; from train_gpt import *; print(len(pack_source(SOURCE, Config())))"
     assert int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
                               check=True).stdout) == len(packed)
 

@@ -21,7 +21,7 @@ from train_gpt import SOURCE, Record, UsageError, pack_source, strip_source
 
 def load_packed(folder):
     """Import the packed script from a folder under a name of its own."""
-    (folder / "packed_train_gpt.py").write_bytes(pack_source(SOURCE))
+    (folder / "packed_train_gpt.py").write_bytes(pack_source(SOURCE, train_gpt.Config()))
     sys.path.insert(0, str(folder))
     try:
         sys.modules.pop("packed_train_gpt", None)
@@ -31,13 +31,13 @@ def load_packed(folder):
 
 
 def test_packing_is_deterministic_and_idempotent():
-    packed = pack_source(SOURCE)
-    code = "import train_gpt, hashlib; print(hashlib.sha256(train_gpt.pack_source(train_gpt.SOURCE)).hexdigest())"
+    packed = pack_source(SOURCE, train_gpt.Config())
+    code = "import hashlib; from train_gpt import *; print(hashlib.sha256(pack_source(SOURCE, Config())).hexdigest())"
     for seed in ("0", "1"):
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
                               env={"PYTHONHASHSEED": seed, "PATH": ""})
         assert done.stdout.strip() == train_gpt.sha256(packed)
-    assert pack_source(packed) == packed
+    assert pack_source(packed, train_gpt.Config()) == packed
 
 
 def test_stripped_source_keeps_the_program_and_drops_what_readers_need():
@@ -45,9 +45,43 @@ def test_stripped_source_keeps_the_program_and_drops_what_readers_need():
     tree = ast.parse(stripped, feature_version=(3, 10))
     assert not any(isinstance(n, ast.arg) and n.annotation for n in ast.walk(tree))
     assert not any(ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef)))
-    for name in ("Config", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact", "main"):
+    for name in ("Config", "GPT", "build_byte_luts", "pack_artifact", "unpack_artifact", "main"):
         assert re.search(rf"^(def|class) {name}\b", stripped, re.MULTILINE), name
     assert "tokens of one optimizer step" not in stripped and "train_batch_tokens" in stripped
+
+
+def test_a_packed_script_holds_what_its_settings_need():
+    """Branches of other settings go, and then what nothing refers to any more."""
+    default, published = strip_source(SOURCE.decode()), strip_source(SOURCE.decode(), quantizer="sdclip")
+    assert "def gptq_quantize" in published and "viterbi" not in published.lower() and "argmin" not in published
+    assert "def gptq_quantize" not in default and "argmin" in default
+    assert "pydoc_data" in strip_source(SOURCE.decode(), "smoke", "embedded") and "pydoc_data" not in default
+    assert "LZMADecompressor" in strip_source(SOURCE.decode(), compressor="lzma") and "LZMADecompressor" not in default
+    for gone in ("Welch", "submission.json", "matplotlib", "NodeTransformer", "author"):
+        assert gone not in default, gone
+
+
+def test_branches_are_decided_and_blanks_dropped():
+    program = """
+PACKED = False
+def one(config, other):
+    if config.quantizer == "sdclip" and other:
+        return unused()
+    elif config.corpus == "embedded" or not other == 2:
+        x = f"{other:>4} a , b"  # blanks in strings stay
+        return x if config.quantizer == "trellis" else unused()
+    if PACKED:
+        return 'p = q'
+    return unused()
+def unused():
+    return 1
+SOURCE = [one(type('C', (), dict(quantizer='trellis', corpus='shards')), n) for n in (1, 2)]
+"""
+    stripped = strip_source(program)
+    space = {}
+    exec(stripped, space)
+    assert space["SOURCE"] == ["   1 a , b", "p = q"] and "unused" not in stripped
+    assert stripped.count("return") == 2 and " = " in stripped and "=[" in stripped
 
 
 def test_names_are_shortened_consistently():
@@ -95,29 +129,35 @@ def test_packed_script_computes_the_same(tmp_path):
     tensors = {"a": torch.arange(10, dtype=torch.int8)}
     assert packed.pack_artifact(tensors, {"x": 1}) == train_gpt.pack_artifact(tensors, {"x": 1})
     assert ".project(" in inspect.getsource(packed.GPT.mlp), "its source is registered: Triton, for one, asks for it"
-    assert pack_source(SOURCE) == packed.SOURCE, "the packed script must count itself, not what it unpacks to"
+    assert pack_source(SOURCE, config) == packed.SOURCE, "the packed script must count itself, not what it unpacks to"
 
 
 def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
-    (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE))
+    (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE, train_gpt.Config()))
     for env in ({"SEED": "x", "TTT_EPOCH": "1"}, {"NUM_HEADS": "7"}):
         said = [subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, capture_output=True, text=True,
                                env={**env, "PATH": ""}) for folder in (ROOT, tmp_path)]
         assert said[0].returncode == said[1].returncode == 2
-        assert said[0].stderr == said[1].stderr and said[0].stderr.startswith("train_gpt.py: ")
+        assert all(x.stderr.startswith("train_gpt.py: ") for x in said)
+        assert all(value in x.stderr for x in said for value in ({"SEED", "'x'"} if "SEED" in env else {"NUM_HEADS=7"}))
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"MODE": "collect", "RECORDS": "a.json", "PATH": ""})
-    assert done.returncode == 2 and "the readable train_gpt.py" in done.stderr
+                          env={"PATH": "", "DATA_DIR": "nowhere"})
+    line, value = re.match(r"train_gpt.py: \((\d+), PosixPath\('nowhere/tokenizers/", done.stderr)[1], "no tokenizer at"
+    assert done.returncode == 2 and value in SOURCE.decode().splitlines()[int(line) - 1]
 
 
-def test_the_packed_script_helps_and_packs_itself(tmp_path):
-    code = pack_source(SOURCE)
+def test_the_packed_script_packs_itself_and_refuses_what_it_is_not_packed_for(tmp_path):
+    code = pack_source(SOURCE, train_gpt.Config())
     (tmp_path / "train_gpt.py").write_bytes(code)
-    for mode in ("help", "pack"):
+    for env in ({"MODE": "help"}, {"MODE": "collect"}, {"PRESET": "smoke"}, {"QUANTIZER": "sdclip"},
+                {"CORPUS": "embedded"}, {"COMPRESSOR": "lzma"}, {"MODE": "pack", "OUT_DIR": "made"}):
         done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                              env={"MODE": mode, "OUT_DIR": "made", "PATH": ""})
-        assert done.returncode == 0, done.stderr
-        assert ("MATRIX_LR" if mode == "help" else f"{len(code)} bytes") in done.stdout
+                              env={"PATH": "", **env})
+        (name, value), = list(env.items())[:1]
+        if value == "pack":
+            assert done.returncode == 0 and f"{len(code)} bytes" in done.stdout, done.stderr
+        else:
+            assert done.returncode == 2 and f"'{name}', '{value}', 'one of " in done.stderr, done.stderr
     assert (tmp_path / "made" / "train_gpt.py").read_bytes() == code
 
 
@@ -125,7 +165,7 @@ def test_the_packed_script_helps_and_packs_itself(tmp_path):
                                          ("flash_attn_interface.py", False)])
 def test_code_beside_the_script_is_refused(tmp_path, name, early):
     """It would run, and not be counted."""
-    (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE))
+    (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE, train_gpt.Config()) if early else SOURCE)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     text = Path(difflib.__file__).read_text() if early else "print('uncounted')"
     (tmp_path / name).write_text(text)
@@ -165,7 +205,7 @@ def record(tmp_path, rt):
     record.set(steps=5, train_seconds=100.0, calibration_seconds=5.0, quantize_seconds=5.0, eval_seconds=50.0,
                tokens_per_second=1000, val_tokens=50, val_bytes=100, val_sha256="5", quantized=STAGE, prequant=STAGE,
                artifact_bytes=15_000_000, code_bytes=20_000, total_bytes=15_020_000,
-               code_sha256=train_gpt.sha256(pack_source(SOURCE)))
+               code_sha256=train_gpt.sha256(pack_source(SOURCE, train_gpt.Config())))
     return record
 
 
