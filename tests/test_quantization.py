@@ -7,7 +7,7 @@ from conftest import tiny_config, tiny_model, write_shards
 from test_data import RankOf
 
 import train_gpt
-from train_gpt import GPT, TrainData, collect_hessians, dequantize, gptq_quantize, quantize
+from train_gpt import GPT, TrainData, collect_hessians, dequantize, gptq_quantize, quantize_rows
 
 
 def random_hessian(columns: int, generator: torch.Generator, batch: tuple[int, ...] = ()) -> torch.Tensor:
@@ -235,7 +235,7 @@ def test_small_tensors_stay_fp16_and_large_ones_become_integers(rt):
     banks = {"qo_bank", "kv_bank", "up_bank", "down_bank"}
     for vocab_size, quantized in ((512, banks), (513, banks | {"embedding"})):  # 512 * 128 is 65,536: it stays
         config, model = wide_model(vocab_size)
-        tensors = quantize(config, rt, model, hessians_of(model, torch.eye))
+        tensors = quantize_rows(config, rt, model, hessians_of(model, torch.eye))
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         expected = {name: (torch.float16, shape) for name, shape in shapes.items() if name not in quantized}
         for name in quantized:
@@ -250,7 +250,7 @@ def test_each_matrix_is_quantized_with_its_own_hessian_and_bits(rt):
     config, model = wide_model(600)
     generator = torch.Generator().manual_seed(4)
     hessians = hessians_of(model, lambda width: random_hessian(width, generator))
-    tensors = quantize(config, rt, model, hessians)
+    tensors = quantize_rows(config, rt, model, hessians)
     layers = range(5)
     sites = {"qo_bank": [f"attn_in.{i}" for i in layers] + [f"attn_out.{i}" for i in layers],
              "kv_bank": [f"attn_in.{i}" for i in layers] + [f"attn_in.{i}" for i in layers],
@@ -268,7 +268,7 @@ def test_each_matrix_is_quantized_with_its_own_hessian_and_bits(rt):
 
 def test_the_dequantized_model_is_near_the_original(rt):
     config, model = wide_model(600)
-    restored = train_gpt.model_from_artifact(config, rt, quantize(config, rt, model, hessians_of(model, torch.eye)))
+    restored = train_gpt.model_from_artifact(config, rt, quantize_rows(config, rt, model, hessians_of(model, torch.eye)))
     assert restored.looping
     for (name, p), (_, q) in zip(model.named_parameters(), restored.named_parameters()):
         if name in GPT.BANKS or name == "embedding":  # half a step of the row's scale, and clipped outliers
