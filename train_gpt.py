@@ -1696,7 +1696,7 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
 #
 #   magic "PGLF" | version u16 | header bytes u32 | SHA-256 of all that follows, version and header bytes before it
 #   header: JSON, Brotli-compressed: {settings, compressor, tensors: [[name, dtype, shape], ...], streams: [bytes, ...],
-#            coder: [lanes, escapes]}
+#            escapes: their number}
 #   streams: the plain tensors in the header's order, one plane per byte of the dtype, cut into pieces that are
 #   compressed each on its own (so that all cores work); then what codes all trellis tensors together: frequencies,
 #   escapes (both compressed likewise), the lanes' states and the words
@@ -1848,8 +1848,13 @@ def classes_of(rows: Tensor, columns: Tensor) -> np.ndarray:
     return (exponents + CLASS_OF_ONE).clip(0, CLASSES - 1)
 
 
-def encode_trellises(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[list[int], list[bytes]]:
-    """Code the trellis tensors NAME.q in order -> ([lanes, escapes], [frequencies, escapes, states, words])."""
+def lanes_for(indices: int) -> int:
+    """How many lanes code so many indices: each takes 4 bytes, and few of them take long."""
+    return min(max(indices >> 13, 1), 1024)
+
+
+def encode_trellises(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[int, list[bytes]]:
+    """Code the trellis tensors NAME.q in order -> (number of escapes, [frequencies, escapes, states, words])."""
     chunks, escapes = [], []
     for name in names:
         indices = tensors[f"{name}.q"].numpy()
@@ -1864,10 +1869,9 @@ def encode_trellises(tensors: Mapping[str, Tensor], names: list[str]) -> tuple[l
         walk_trellis(indices.shape, visit)
     counts = sum(np.bincount(chunk, minlength=2 * CLASSES * SYMBOLS) for chunk in chunks)
     tables = frequency_tables(counts.reshape(-1, SYMBOLS))
-    lanes = min(max(sum(map(len, chunks)) >> 13, 1), 1024)  # a lane's state takes 4 bytes
-    states, words = rans_encode(chunks, tables, lanes)
+    states, words = rans_encode(chunks, tables, lanes_for(sum(map(len, chunks))))
     more = np.concatenate(escapes)
-    return [lanes, len(more)], [byte_planes(tables), byte_planes(more), states.astype("<u4").tobytes(),
+    return len(more), [byte_planes(tables), byte_planes(more), states.astype("<u4").tobytes(),
                                 words.astype("<u2").tobytes()]
 
 
@@ -1880,8 +1884,8 @@ def decode_trellises(tensors: dict[str, Tensor], shapes: Mapping[str, tuple[int,
     decoder, at = RansDecoder(states, words, tables), 0
     for name, shape in shapes.items():
         rows, columns = (tensors.get(name[:-1] + side) for side in ("rows", "columns"))
-        if any(t is None or t.dtype != torch.int8 for t in (rows, columns)) or len(shape) < 2 or (
-                (*rows.shape, shape[-1]) != shape or (*shape[:-2], shape[-1]) != columns.shape):
+        if any(t is None or t.dtype != torch.int8 for t in (rows, columns)) or len(shape) != 3 or (
+                (rows.shape, columns.shape) != (shape[:2], shape[::2])):
             raise ArtifactError(f"the artifact's {name} does not fit its rows and columns")
         indices, classes = np.empty(shape, np.int32), classes_of(rows, columns)
 
@@ -1920,12 +1924,12 @@ def pack_artifact(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -
     ends = np.cumsum([0, *cut(len(raw))])
     pieces = [raw[begin:end] for begin, end in zip(ends, ends[1:])]
     trellises = [name[:-2] for name, tensor in ordered if tensor.dtype == torch.int32]
-    coder, coded = encode_trellises(tensors, trellises) if trellises else ([], [])
+    escapes, coded = encode_trellises(tensors, trellises) if trellises else (0, [])
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compressors release the interpreter's lock
         streams = [*pool.map(lambda piece: compress(piece, compressor), [*pieces, *coded[:2]]), *coded[2:]]
     head = {**header, "compressor": compressor,
             "tensors": [[name, names[tensor.dtype], list(tensor.shape)] for name, tensor in ordered],
-            "streams": [len(s) for s in streams], "coder": coder}
+            "streams": [len(s) for s in streams], "escapes": escapes}
     packed_head = brotli.compress(json.dumps(head, separators=(",", ":")).encode(), quality=11)
     body = struct.pack("<HI", ARTIFACT_VERSION, len(packed_head)) + packed_head + b"".join(streams)
     digest = hashlib.sha256(body).digest()
@@ -1948,8 +1952,8 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
     try:
         head = json.loads(brotli.Decompressor().process(body[:head_bytes], output_buffer_limit=1 << 20))
         table, lengths, compressor = head.pop("tensors"), head.pop("streams"), head["compressor"]
-        coder = head.pop("coder")
-        numbers = [*lengths, *coder, *(n for _, _, shape in table for n in shape)]
+        escapes = head.pop("escapes")
+        numbers = [*lengths, escapes, *(n for _, _, shape in table for n in shape)]
         if not all(type(n) is int and 0 <= n <= MAX_RAW_BYTES for n in numbers):
             raise ValueError("a size is negative, huge or no whole number")
         table = [(str(name), ARTIFACT_DTYPES[dtype], tuple(shape)) for name, dtype, shape in table]
@@ -1966,14 +1970,15 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
     if compressor not in COMPRESSORS:
         raise ArtifactError(f"the artifact's compressor is {compressor!r}, not one of {', '.join(COMPRESSORS)}")
     ends = np.cumsum([head_bytes, *lengths])
-    pieces = cut(sum(sizes)) + ([4 * CLASSES * SYMBOLS, 4 * coder[1]] if trellises and len(coder) == 2 else [])
-    if len(pieces) + 2 * (len(trellises) > 0) != len(lengths) or ends[-1] != len(body) or (
-            trellises and (lengths[-2] != 4 * coder[0] or not coder[0] or lengths[-1] % 2)):
+    indices = sum(map(math.prod, trellises.values()))
+    pieces = cut(sum(sizes)) + ([4 * CLASSES * SYMBOLS, 4 * escapes] if trellises else [])
+    if len(pieces) + 2 * (len(trellises) > 0) != len(lengths) or ends[-1] != len(body) or escapes > indices or (
+            trellises and (lengths[-2] != 4 * lanes_for(indices) or lengths[-1] % 2)):
         raise ArtifactError("the artifact's header does not fit its streams")
     streams = [body[begin:end] for begin, end in zip(ends, ends[1:])]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         raw = list(pool.map(lambda stream, size: decompress(stream, compressor, size), streams, pieces))
-    frequencies, escapes = raw[-2:] if trellises else (b"", b"")
+    frequencies, more = raw[-2:] if trellises else (b"", b"")
     raw = bytearray().join(raw[:-2] if trellises else raw)
     tensors, begin = {}, 0
     for (name, dtype, shape), size in zip(plain, sizes):
@@ -1982,7 +1987,7 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
         begin += size
     if trellises:
         decode_trellises(tensors, trellises, from_byte_planes(frequencies, 2).view("<u2").reshape(-1, SYMBOLS),
-                         from_byte_planes(escapes, 4).view("<u4").ravel(), np.frombuffer(streams[-2], "<u4"),
+                         from_byte_planes(more, 4).view("<u4").ravel(), np.frombuffer(streams[-2], "<u4"),
                          np.frombuffer(streams[-1], "<u2"))
     return tensors, head
 
@@ -2037,7 +2042,8 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
                 "", ".q", ".scale", ".step", ".columns", ".rows"))
             if q is not None and scale is not None and scale.shape == q.shape[:-1]:
                 plain = dequantize(q, scale)
-            elif q is not None and step is not None and step.shape == q.shape[:1] == columns.shape[:1]:
+            elif q is not None and q.dtype == torch.int32 and q.dim() == 3 and step is not None and (
+                    columns is not None) and (step.shape, columns.shape) == (q.shape[:1], q.shape[::2]):
                 plain = dequantize_trellis(q, step, columns)
                 plain = plain.view(p.shape) if plain.numel() == p.numel() else None
             if plain is None or plain.shape != p.shape:

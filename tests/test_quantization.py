@@ -268,7 +268,8 @@ def test_each_matrix_is_quantized_with_its_own_hessian_and_bits(rt):
 
 def test_the_dequantized_model_is_near_the_original(rt):
     config, model = wide_model(600)
-    restored = train_gpt.model_from_artifact(config, rt, quantize_rows(config, rt, model, hessians_of(model, torch.eye)))
+    tensors = quantize_rows(config, rt, model, hessians_of(model, torch.eye))
+    restored = train_gpt.model_from_artifact(config, rt, tensors)
     assert restored.looping
     for (name, p), (_, q) in zip(model.named_parameters(), restored.named_parameters()):
         if name in GPT.BANKS or name == "embedding":  # half a step of the row's scale, and clipped outliers
