@@ -1420,7 +1420,11 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
     def watched(x: Tensor, matrix: Tensor, site: str) -> Tensor:
         y = F.linear(x, matrix)
         total = sums.setdefault(site, torch.zeros((), device=y.device))
-        y.register_hook(lambda grad: total.add_(grad.float().square().mean(-1).sum()) and None)
+
+        def add(grad: Tensor):
+            total.add_(grad.float().square().mean(-1).sum())
+
+        y.register_hook(add)
         return y
 
     tokens = 0
@@ -1546,7 +1550,8 @@ def trellis_round(values: Tensor) -> Tensor:
 def round_columns(y: Tensor) -> Tensor:
     """Round columns [..., out, 1], given in steps, along trellis paths."""
     rows = y.size(-2)
-    paths = F.pad(y.squeeze(-1), (0, -rows % TRELLIS_ROWS)).unflatten(-1, (-1, TRELLIS_ROWS))
+    paths = F.pad(y.squeeze(-1), (0, -rows % TRELLIS_ROWS), value=0.5)  # as near to 0 as to 1: any state's cost
+    paths = paths.unflatten(-1, (-1, TRELLIS_ROWS))
     return trellis_round(paths.flatten(0, -2)).view(paths.shape).flatten(-2)[..., :rows, None]
 
 
@@ -1620,7 +1625,7 @@ class TrellisQuantizer:
             columns = (STEPS_PER_OCTAVE * (diagonal - level[:, None])).round_().clamp_(-128, 127).to(torch.int8)
             level -= torch.stack([sensitivities[site] for site in names]).clamp_min(1e-30).log2() / 2
             self.parts.append((name, p.shape, weight, share, factor, columns, level))
-            spread = weight[share.start:share.stop].std(-1).clamp_min(1e-12).log2()
+            spread = weight.std(-1)[share.start:share.stop].clamp_min(1e-12).log2()
             own.append(torch.stack([spread.sum() - (level[:len(share), None].expand_as(spread)).sum(),
                                     torch.tensor(float(spread.numel()), device=spread.device)]) * weight.size(-1))
         total = torch.stack(own).sum(0)
@@ -2019,11 +2024,14 @@ def fit_artifact(config: Config, rt: Runtime, quantizer: TrellisQuantizer, most_
             best = max(best, artifact, key=len)
             if size >= most_bytes * (1 - 5e-4) or price <= finest:
                 return best or None
-        if tried and price != tried[-1][0]:
+        if tried:
             secant = (size - tried[-1][1]) / (price - tried[-1][0])
             slope = min(max(secant, 1.2 * slope), 0.02 * slope)  # fewer bits are saved where weights have none left
         tried.append((price, size))
-        price = max(price + (aim - size) / slope, finest)
+        # 16 octaves more leave nothing but zeros, and fp32's range is far yet
+        price = min(max(price + (aim - size) / slope, finest), finest + 16)
+        if price == tried[-1][0]:
+            break
     if rt.main and not best:
         raise RunStopped(f"TARGET_BYTES={config.target_bytes} cannot be reached: the coarsest steps make {size} bytes "
                          f"where {most_bytes} are left beside the code", 1)
