@@ -1422,7 +1422,11 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
     def watched(x: Tensor, matrix: Tensor, site: str) -> Tensor:
         y = F.linear(x, matrix)
         total = sums.setdefault(site, torch.zeros((), device=y.device))
-        y.register_hook(lambda grad: total.add_(grad.float().square().mean(-1).sum()) and None)
+
+        def add(grad: Tensor):
+            total.add_(grad.float().square().mean(-1).sum())
+
+        y.register_hook(add)
         return y
 
     tokens = 0
@@ -1548,7 +1552,8 @@ def trellis_round(values: Tensor) -> Tensor:
 def round_columns(y: Tensor) -> Tensor:
     """Round columns [..., out, 1], given in steps, along trellis paths."""
     rows = y.size(-2)
-    paths = F.pad(y.squeeze(-1), (0, -rows % TRELLIS_ROWS)).unflatten(-1, (-1, TRELLIS_ROWS))
+    paths = F.pad(y.squeeze(-1), (0, -rows % TRELLIS_ROWS), value=0.5)  # as near to 0 as to 1: any state's cost
+    paths = paths.unflatten(-1, (-1, TRELLIS_ROWS))
     return trellis_round(paths.flatten(0, -2)).view(paths.shape).flatten(-2)[..., :rows, None]
 
 
@@ -1622,7 +1627,7 @@ class TrellisQuantizer:
             columns = (STEPS_PER_OCTAVE * (diagonal - level[:, None])).round_().clamp_(-128, 127).to(torch.int8)
             level -= torch.stack([sensitivities[site] for site in names]).clamp_min(1e-30).log2() / 2
             self.parts.append((name, p.shape, weight, share, factor, columns, level))
-            spread = weight[share.start:share.stop].std(-1).clamp_min(1e-12).log2()
+            spread = weight.std(-1)[share.start:share.stop].clamp_min(1e-12).log2()
             own.append(torch.stack([spread.sum() - (level[:len(share), None].expand_as(spread)).sum(),
                                     torch.tensor(float(spread.numel()), device=spread.device)]) * weight.size(-1))
         total = torch.stack(own).sum(0)
@@ -1804,7 +1809,8 @@ class RansDecoder:
         """Begin at the first chunk; raise ArtifactError if a table is none."""
         self.state, self.words, self.at = state.copy(), words, 0
         frequency = tables.astype(np.uint32)
-        if not np.isin(frequency.sum(1), (0, 1 << FREQUENCY_BITS)).all():
+        if frequency.shape != (2 * CLASSES, SYMBOLS) or frequency.max() > 1 << FREQUENCY_BITS or not np.isin(
+                frequency.sum(1), (0, 1 << FREQUENCY_BITS)).all():
             raise ArtifactError("a table of frequencies does not add up")
         self.start = (np.cumsum(frequency, 1, dtype=np.uint32) - frequency).ravel()
         self.frequency = frequency.ravel()
@@ -1842,10 +1848,15 @@ def trellis_contexts(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
     return 2 * (rows[..., None] - columns[..., None, :] + CLASS_OF_ONE).clip(0, CLASSES - 1)
 
 
+def lanes_for(indices: int) -> int:
+    """How many lanes code so many indices: each takes 4 bytes, and few of them take long."""
+    return min(max(indices >> 13, 1), 1024)
+
+
 def encode_trellises(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Replace the indices NAME.q of all trellis tensors, those with NAME.rows and NAME.columns, by their code."""
     names = sorted(name[:-8] for name in tensors if name.endswith(".columns"))
-    plain = {key: tensor for key, tensor in tensors.items() if key[:-2] not in names}
+    plain = {key: tensor for key, tensor in tensors.items() if key not in [f"{name}.q" for name in names]}
     chunks, escapes = [], []
     for name in names:
         indices, contexts = tensors[f"{name}.q"].numpy(), trellis_contexts(tensors, name)
@@ -1860,8 +1871,7 @@ def encode_trellises(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if chunks:
         counts = sum(np.bincount(chunk, minlength=2 * CLASSES * SYMBOLS) for chunk in chunks)
         tables = frequency_tables(counts.reshape(-1, SYMBOLS))
-        lanes = min(max(sum(map(len, chunks)) >> 13, 1), 1024)  # a lane's state takes 4 bytes
-        states, words = rans_encode(chunks, tables, lanes)
+        states, words = rans_encode(chunks, tables, lanes_for(sum(map(len, chunks))))
         code = (tables.astype(np.int32), np.concatenate(escapes), states.view(np.int32), words.view(np.int16))
         plain |= zip(CODE_TENSORS, map(torch.from_numpy, code))
     return plain
@@ -1870,8 +1880,13 @@ def encode_trellises(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def decode_trellises(tensors: dict[str, Tensor]):
     """Undo encode_trellises, in place; raise ArtifactError if the code does not give just the trellis tensors."""
     names = sorted(name[:-8] for name in tensors if name.endswith(".columns"))
-    tables, escapes, states, words = (tensors.pop(name).numpy() for name in CODE_TENSORS) if names else [()] * 4
-    decoder, at = RansDecoder(states.view(np.uint32), words.view(np.uint16), tables) if names else None, 0
+    if not names:
+        return
+    tables, escapes, states, words = (tensors.pop(name).numpy() for name in CODE_TENSORS)
+    decoder, at = RansDecoder(states.view(np.uint32), words.view(np.uint16), tables), 0
+    if len(states) != lanes_for(sum(tensors[f"{name}.rows"].numel() * tensors[f"{name}.columns"].size(-1)
+                                    for name in names)):
+        raise ArtifactError("the number of lanes does not fit")
     for name in names:
         contexts = trellis_contexts(tensors, name)
         indices = np.empty(contexts.shape, np.int32)
@@ -1885,7 +1900,7 @@ def decode_trellises(tensors: dict[str, Tensor]):
 
         walk_trellis(indices.shape, visit)
         tensors[f"{name}.q"] = torch.from_numpy(indices)
-    if names and (decoder.left() or at != len(escapes)):
+    if decoder.left() or at != len(escapes):
         raise ArtifactError("the coded indices do not end where they should")
 
 
@@ -1993,11 +2008,14 @@ def fit_artifact(config: Config, rt: Runtime, quantizer: TrellisQuantizer, most_
             best = max(best, artifact, key=len)
             if size >= most_bytes * (1 - 5e-4) or price <= finest:
                 return best or None
-        if tried and price != tried[-1][0]:
+        if tried:
             secant = (size - tried[-1][1]) / (price - tried[-1][0])
             slope = min(max(secant, 1.2 * slope), 0.02 * slope)  # fewer bits are saved where weights have none left
         tried.append((price, size))
-        price = max(price + (aim - size) / slope, finest)
+        # 16 octaves more leave nothing but zeros, and fp32's range is far yet
+        price = min(max(price + (aim - size) / slope, finest), finest + 16)
+        if price == tried[-1][0]:
+            break
     if rt.main and not best:
         raise RunStopped(f"TARGET_BYTES={config.target_bytes} cannot be reached: the coarsest steps make {size} bytes "
                          f"where {most_bytes} are left beside the code", 1)
@@ -2016,7 +2034,8 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
                 "", ".q", ".scale", ".step", ".columns", ".rows"))
             if q is not None and scale is not None and scale.shape == q.shape[:-1]:
                 plain = dequantize(q, scale)
-            elif q is not None and step is not None and step.shape == q.shape[:1] == columns.shape[:1]:
+            elif q is not None and q.dtype == torch.int32 and q.dim() == 3 and step is not None and (
+                    columns is not None) and (step.shape, columns.shape) == (q.shape[:1], q.shape[::2]):
                 plain = dequantize_trellis(q, step, columns)
                 plain = plain.view(p.shape) if plain.numel() == p.numel() else None
             if plain is None or plain.shape != p.shape:

@@ -1,19 +1,25 @@
 """Room 8: the container gives back what went in and refuses everything else."""
+import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import lzma
+import math
 import pickle
 import random
 import struct
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import brotli
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, tiny_env, tiny_model
+from test_quantization import calibrated, narrow_model, on_ranks
 
 import train_gpt
 from train_gpt import ArtifactError, Config, UsageError, artifact_header, pack_artifact, unpack_artifact
@@ -33,6 +39,17 @@ def some_tensors() -> dict[str, torch.Tensor]:
     return tensors
 
 
+def trellis_tensors(name: str = "w", shape=(2, 70, 9), spread: float = 3) -> dict[str, torch.Tensor]:
+    """A trellis tensor and what goes with it. Any indices are those of some path; some of these need escapes."""
+    generator = torch.Generator().manual_seed(math.prod(shape))
+    matrices, rows, columns = shape
+    tails = 1 / torch.rand(shape, generator=generator).clamp_min(1e-3)
+    return {f"{name}.q": (spread * torch.randn(shape, generator=generator) * tails).round().int(),
+            f"{name}.rows": torch.randint(-9, 50, (matrices, rows), dtype=torch.int8, generator=generator),
+            f"{name}.columns": torch.randint(-9, 10, (matrices, columns), dtype=torch.int8, generator=generator),
+            f"{name}.step": torch.rand(matrices, generator=generator)}
+
+
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal to the last bit, shape and dtype included."""
     raw = [t.detach().contiguous().numpy().tobytes() for t in (a, b)]
@@ -40,7 +57,8 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def small_artifact(compressor: str = "brotli") -> bytes:
-    tensors = {"w.q": torch.arange(-20, 20, dtype=torch.int8).view(5, 8), "w.scale": torch.rand(5).half()}
+    tensors = {"w.q": torch.arange(-20, 20, dtype=torch.int8).view(5, 8), "w.scale": torch.rand(5).half(),
+               **trellis_tensors("v", (1, 3, 5))}
     return pack_artifact(tensors, {"settings": {"preset": "pr1541"}, "compressor": compressor})
 
 
@@ -48,8 +66,20 @@ def craft(head, streams: bytes = b"", raw_head: bytes | None = None, head_bytes:
     """An artifact with a checksum that fits, whatever its header says."""
     packed = brotli.compress(json.dumps(head).encode()) if raw_head is None else raw_head
     size = len(packed) if head_bytes is None else head_bytes
-    digest = hashlib.sha256(struct.pack("<HI", 1, size) + packed + streams).digest()
-    return struct.pack("<4sHI32s", b"PGLF", 1, size, digest) + packed + streams
+    digest = hashlib.sha256(struct.pack("<HI", 2, size) + packed + streams).digest()
+    return struct.pack("<4sHI32s", b"PGLF", 2, size, digest) + packed + streams
+
+
+def taken_apart(data: bytes) -> tuple[dict, list[bytes]]:
+    """The header and the streams of an artifact; `craft(*joined(...))` puts them together again."""
+    begin, head_bytes = train_gpt.ARTIFACT_PREFIX.size, train_gpt.ARTIFACT_PREFIX.unpack_from(data)[2]
+    head, at = json.loads(brotli.decompress(data[begin:begin + head_bytes])), begin + head_bytes
+    ends = np.cumsum([at, *head["streams"]])
+    return head, [data[i:j] for i, j in zip(ends, ends[1:])]
+
+
+def joined(head: dict, streams: list[bytes]) -> tuple[dict, bytes]:
+    return {**head, "streams": [len(stream) for stream in streams]}, b"".join(streams)
 
 
 @contextlib.contextmanager
@@ -71,7 +101,8 @@ def little_memory(mebibytes: int = 100):
 @pytest.mark.parametrize("compressor", ["brotli", "lzma"])
 def test_round_trip(compressor, piece_bytes, monkeypatch):
     monkeypatch.setattr(train_gpt, "PIECE_BYTES", piece_bytes)  # many streams, cut anywhere
-    tensors = some_tensors()
+    tensors = {**some_tensors(), **trellis_tensors(), **trellis_tensors("one", (1, 1, 1)),
+               **trellis_tensors("no matrix", (0, 5, 3))}
     header = {"settings": {"seed": 3, "preset": "pr1541", "matrix_lr": 0.1}, "compressor": compressor, "note": "\u00fc"}
     data = pack_artifact(tensors, header)
     restored, head = unpack_artifact(data)
@@ -79,6 +110,49 @@ def test_round_trip(compressor, piece_bytes, monkeypatch):
     assert [name for name, tensor in tensors.items() if not same(tensor, restored[name])] == []
     restored["fp32 cube"].add_(1)  # the tensors are the caller's own
     assert pack_artifact(tensors, header) == data  # deterministic
+
+
+@pytest.mark.parametrize("missing", ["w.rows", "w.columns"])
+def test_int32_is_for_trellises_only(missing):
+    tensors = trellis_tensors()
+    with pytest.raises(TypeError, match="w.q"):
+        pack_artifact({name: tensor for name, tensor in tensors.items() if name != missing}, {})
+    for name in ("plain", "w.p", "v.q"):
+        with pytest.raises(TypeError, match=name):
+            pack_artifact({**tensors, name: tensors["w.q"]}, {})
+
+
+GOLDEN = Path(__file__).with_name("golden.ptz")
+GOLDEN_SHA256 = "9efd6cc28f10ae795d547b1277798b05d76f5b0018368b52b2dd716b8cf31283"
+
+
+def golden_tensors() -> dict[str, torch.Tensor]:
+    """Every dtype, small and large indices: whole numbers and quarters only, so that they are the same everywhere."""
+    def numbers(dtype, *shape):
+        i = torch.arange(math.prod(shape)).view(shape)
+        return ((i * 7919 % 101 - 50) ** 3 // 4000).to(dtype)
+
+    tensors = {"int8": numbers(torch.int8, 4, 9), "fp16": numbers(torch.half, 7) / 4, "fp32": numbers(torch.float, 5)}
+    for name, (matrices, rows, columns) in {"w": (2, 70, 9), "v": (1, 3, 2)}.items():
+        tensors |= {f"{name}.q": numbers(torch.int32, matrices, rows, columns) ** 3,
+                    f"{name}.rows": numbers(torch.int8, matrices, rows), f"{name}.step": torch.full((matrices,), 0.25),
+                    f"{name}.columns": numbers(torch.int8, matrices, columns) // 4}
+    return tensors
+
+
+def test_the_format_stays_as_it_is():
+    """golden.ptz is pack_artifact(golden_tensors(), {"settings": {"seed": 1}}); a new format needs a new version."""
+    data, tensors = GOLDEN.read_bytes(), golden_tensors()
+    restored, head = unpack_artifact(data)
+    assert head == {"settings": {"seed": 1}, "compressor": "brotli"} and set(restored) == set(tensors)
+    assert all(same(tensor, restored[name]) for name, tensor in tensors.items())
+    digest = hashlib.sha256()
+    for name in sorted(restored):
+        digest.update(f"{name} {restored[name].dtype} {tuple(restored[name].shape)}".encode())
+        digest.update(restored[name].numpy().tobytes())
+    assert digest.hexdigest() == GOLDEN_SHA256
+    if brotli.__version__ == "1.2.0":  # another encoder may find other bytes for the same streams
+        assert pack_artifact(tensors, head) == data
 
 
 def test_nothing_at_all_survives_too():
@@ -99,6 +173,132 @@ def test_compression_compresses(compressor):
 def test_other_dtypes_are_refused(dtype):
     with pytest.raises(TypeError, match="weight_7"):
         pack_artifact({"a": torch.ones(2), "weight_7": torch.ones(2, dtype=dtype)}, {})
+
+
+# --- the entropy coder ------------------------------------------------------------------------------------------------
+
+LIMITS = np.array([0, 1, -1, 15, 16, -16, -17, 2**20, -2**20, 2**31 - 1, -2**31, 31, 32, -32, -33], np.int32)
+
+
+KINDS = {
+    "zeros": lambda rng, count: np.zeros(count), "one value": lambda rng, count: np.full(count, -7),
+    "limits": lambda rng, count: rng.choice(LIMITS, count),
+    "all": lambda rng, count: rng.integers(-2**31, 2**31, count),
+    "mostly zeros": lambda rng, count: (rng.random(count) < 1e-3) * -2.0**31,
+    "outliers": lambda rng, count: np.where(rng.random(count) < 0.01, rng.choice([-2**20, 2**20], count),
+                                            rng.normal(0, 4, count)),
+    "heavy tails": lambda rng, count: rng.standard_cauchy(count).clip(-2e9, 2e9),
+    "narrow": lambda rng, count: rng.normal(0, 0.3, count), "usual": lambda rng, count: rng.normal(0, 2, count),
+    "wide": lambda rng, count: rng.normal(0, 9, count)}
+
+
+def drawn(kind: str, count: int) -> np.ndarray:
+    """int32 values of a hard distribution."""
+    return KINDS[kind](np.random.default_rng(count), count).round().astype(np.int32)
+
+
+def with_sides(indices: np.ndarray, rows, columns) -> dict[str, torch.Tensor]:
+    return {"w.q": torch.from_numpy(indices), "w.rows": torch.as_tensor(rows, dtype=torch.int8),
+            "w.columns": torch.as_tensor(columns, dtype=torch.int8)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1), (3, 130, 3), (1, 64, 20)], ids=str)
+def test_indices_come_back_whatever_they_are(kind, shape):
+    rng = np.random.default_rng(1)  # classes far beyond those there are, on both sides
+    indices = drawn(kind, math.prod(shape)).reshape(shape)
+    tensors = with_sides(indices, rng.integers(-128, 128, shape[:2]), rng.integers(-128, 128, shape[::2]))
+    data = pack_artifact(tensors, {})
+    assert all(same(tensor, tensors[name]) for name, tensor in unpack_artifact(data)[0].items())
+    assert pack_artifact(tensors, {}) == data
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_symbols_come_back_as_values(kind):
+    values = np.concatenate([drawn(kind, 1000), LIMITS])
+    symbols, escapes = train_gpt.symbols_of(values)
+    assert 0 <= symbols.min() <= symbols.max() < train_gpt.SYMBOLS and len(escapes) == (symbols >= 32).sum()
+    assert np.array_equal(train_gpt.values_of(symbols, escapes), values)
+    assert len(train_gpt.symbols_of(np.arange(-16, 16, dtype=np.int32))[1]) == 0  # small ones are symbols themselves
+
+
+def test_frequencies_add_up_and_forget_nothing():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 10, (200, 64)) ** rng.integers(0, 12, (200, 1))
+    counts *= rng.random((200, 64)) < rng.random((200, 1))
+    counts[:5] = 0
+    counts[3, 7], counts[4] = 1, 1  # one symbol alone, all alike
+    counts[4, 9] = 10**12  # and 63 that the scale would make nothing of
+    counts[5] = np.arange(64) == 63
+    tables = train_gpt.frequency_tables(counts)
+    assert np.array_equal(tables > 0, counts > 0)
+    assert np.array_equal(tables.sum(1), np.where(counts.any(1), 1 << 14, 0)) and (tables[:3] == 0).all()
+    ideal = counts / np.maximum(counts.sum(1, keepdims=True), 1) * (1 << 14)
+    assert (abs(tables - ideal) <= 64).all()
+
+
+@pytest.mark.parametrize("kind, most", [("usual", 0.003), ("wide", 0.003), ("narrow", 0.012)])
+def test_code_lengths_are_near_the_ideal(kind, most):
+    """A million indices; the ideal is what their tables say, and every escape's bits. (128 lanes take 512 bytes.)"""
+    indices = drawn(kind, 1 << 20).reshape(2, 512, 1024)
+    tensors = with_sides(indices, np.zeros((2, 512)), np.zeros((2, 1024)))
+    symbols, escapes = train_gpt.symbols_of(indices)
+    odd = train_gpt.trellis_integers(indices) & 1
+    counts = np.stack([np.bincount(symbols[odd == parity], minlength=64) for parity in (0, 1)])
+    p = train_gpt.frequency_tables(counts) / 2**14
+    ideal = -(counts * np.log2(np.maximum(p, 1e-9))).sum() + (np.maximum(symbols - 27, 0) * (symbols >= 32)).sum()
+    data = pack_artifact(tensors, {})
+    assert 8 * len(data) < (1 + most) * ideal, 8 * len(data) / ideal
+    assert same(unpack_artifact(data)[0]["w.q"], tensors["w.q"])
+
+
+@pytest.fixture
+def message():
+    """Chunks of contexts and symbols, the tables they come from, and their code in three lanes."""
+    rng = np.random.default_rng(0)
+    tables = train_gpt.frequency_tables(rng.integers(0, 9, (4, 64)) ** 4)
+    chunks = []
+    for length in (1, 0, 2, 3, 50, 7):
+        contexts = rng.integers(0, 4, length)
+        chunks.append((contexts, np.array([rng.choice(64, p=tables[c] / 2**14) for c in contexts], np.uint8)))
+    code = train_gpt.rans_encode([(c * 64 + s).astype(np.int32) for c, s in chunks], tables, 3)
+    return chunks, tables, code
+
+
+def read_all(chunks, tables, states, words):
+    decoder = train_gpt.RansDecoder(states, words, tables)
+    found = [decoder.read(contexts) for contexts, _ in chunks]
+    decoder.finish()
+    return found
+
+
+def test_lanes_give_back_their_symbols(message):
+    chunks, tables, (states, words) = message
+    assert states.dtype == np.uint32 and words.dtype == np.uint16 and len(states) == 3
+    kept = states.copy()
+    found = read_all(chunks, tables, states, words)
+    assert all(np.array_equal(a, b) for a, (_, b) in zip(found, chunks)) and np.array_equal(states, kept)
+
+
+def test_reading_anything_else_is_an_error(message):
+    chunks, tables, (states, words) = message
+    shorter = [(contexts[:-1], symbols) for contexts, symbols in chunks]
+    for other in (chunks[:-1], chunks[1:], [*chunks, chunks[0]], [*chunks, chunks[4]], shorter):
+        with pytest.raises(ArtifactError, match="coded indices"):
+            read_all(other, tables, states, words)
+    for code in (words[:-1], words[1:], np.append(words, words[:1]), words[::-1], words[:0]):
+        with pytest.raises(ArtifactError, match="coded indices"):
+            read_all(chunks, tables, states, code)
+    for part, code in ((0, states), (1, words)):
+        for bit in range(code.itemsize * 8 * len(code)):
+            altered = [states.copy(), words.copy()]
+            altered[part][bit % len(code)] ^= 1 << bit // len(code)
+            with contextlib.suppress(ArtifactError):  # the few that are a message, are another one
+                found = read_all(chunks, tables, *altered)
+                assert any((a != b).any() for a, (_, b) in zip(found, chunks))
+    for table in (tables * 2, tables + np.uint16(1), tables[:, ::-1] // 2):
+        with pytest.raises(ArtifactError, match="add up"):
+            train_gpt.RansDecoder(states, words, table)
 
 
 # --- damaged files --------------------------------------------------------------------------------------------------
@@ -136,8 +336,8 @@ def test_foreign_files_are_refused(tmp_path):
     good = small_artifact()
     with pytest.raises(ArtifactError, match="magic"):
         unpack_artifact(b"PGLG" + good[4:])
-    with pytest.raises(ArtifactError, match="version 2"):
-        unpack_artifact(good[:4] + b"\2\0" + good[6:])
+    with pytest.raises(ArtifactError, match="version 3"):
+        unpack_artifact(good[:4] + b"\3\0" + good[6:])
     with pytest.raises(ArtifactError, match="checksum"):
         unpack_artifact(good[:-1])
 
@@ -145,7 +345,8 @@ def test_foreign_files_are_refused(tmp_path):
 # --- files that were made to deceive: the checksum fits, the header lies ---------------------------------------------
 
 STREAM = brotli.compress(b"abcd")
-HONEST = {"compressor": "brotli", "settings": {}, "tensors": [["a", "int8", [4]]], "streams": [len(STREAM)]}
+HONEST = {"compressor": "brotli", "settings": {}, "escapes": 0, "tensors": [["a", "int8", [4]]],
+          "streams": [len(STREAM)]}
 
 
 def with_shape(*shape, dtype="int8", streams=HONEST["streams"]):
@@ -171,6 +372,7 @@ LIES = {
     "repeated names": {**HONEST, "tensors": [["a", "int8", [2]], ["a", "int8", [2]]]},
     "no dtype": {**HONEST, "tensors": [["a", [4]]]}, "dtype is a list": with_shape(4, dtype=["int8"]),
     "unknown dtype": with_shape(4, dtype="int4"), "a dtype of torch": with_shape(1, dtype="int32"),
+    "a trellis alone": with_shape(1, dtype="trellis"),
     "tensors is a number": {**HONEST, "tensors": 3}, "a tensor is null": {**HONEST, "tensors": [None]},
     "no tensors": {**HONEST, "tensors": []},
     "stream too long": {**HONEST, "streams": [len(STREAM) + 1]}, "too short": {**HONEST, "streams": [len(STREAM) - 1]},
@@ -181,7 +383,8 @@ LIES = {
     "streams is null": {**HONEST, "streams": None}, "streams is a number": {**HONEST, "streams": 8},
     "unknown compressor": {**HONEST, "compressor": "zip"}, "the other compressor": {**HONEST, "compressor": "lzma"},
     "compressor is null": {**HONEST, "compressor": None}, "compressor is a list": {**HONEST, "compressor": ["brotli"]},
-    **{f"without {key}": without(key) for key in ("tensors", "streams", "compressor")},
+    **{f"without {key}": without(key) for key in ("tensors", "streams", "compressor", "escapes")},
+    "escapes of nothing": {**HONEST, "escapes": 1}, "escapes is text": {**HONEST, "escapes": "0"},
     "header is a list": [HONEST], "header is text": "tensors", "header is a number": 5, "header is null": None,
 }
 
@@ -198,6 +401,74 @@ def test_a_header_that_lies_is_refused(head, monkeypatch):
     data = craft(head, b"" if isinstance(head, dict) and head.get("streams") in ([], [0] * 256) else STREAM)
     with little_memory(), pytest.raises(ArtifactError):
         unpack_artifact(data)
+
+
+def q_is(*shape, dtype="trellis"):
+    """Change the entry of the trellis tensor w.q in a header."""
+    return lambda head, streams: head.update(tensors=[
+        ["w.q", dtype, list(shape)] if entry[0] == "w.q" else entry for entry in head["tensors"]])
+
+
+def entry_is(name, *entry):
+    return lambda head, streams: head.update(tensors=[
+        list(entry) if other[0] == name else other for other in head["tensors"]])
+
+
+def stream_is(number, change, escapes=0):
+    """Change what a stream of the coder's holds: -4 frequencies, -3 escapes, -2 states, -1 words."""
+    def lie(head, streams):
+        squeezed = number in (-4, -3)
+        raw = change(brotli.decompress(streams[number]) if squeezed else streams[number])
+        streams[number] = brotli.compress(raw) if squeezed else raw
+        head["escapes"] += escapes
+    return lie
+
+
+def columns_of_fp16(head, streams):
+    entry_is("w.columns", "w.columns", "float16", [2, 9])(head, streams)
+    streams[0] = brotli.compress(brotli.decompress(streams[0]) + bytes(18))
+
+
+TRELLIS_LIES = {
+    "another column": q_is(2, 70, 10), "one column": q_is(2, 70, 1), "another row": q_is(2, 71, 9),
+    "other matrices": q_is(1, 140, 9), "one matrix less": q_is(1, 70, 9), "two dimensions": q_is(140, 9),
+    "transposed": q_is(2, 9, 70), "four dimensions": q_is(2, 70, 9, 1), "many dimensions": q_is(2, 70, 9, *[1] * 70),
+    "no dimensions": q_is(), "one dimension": q_is(1260), "no rows": q_is(2, 0, 9), "no matrices": q_is(0, 70, 9),
+    "slow": q_is(2, 70, 2**20), "int8": q_is(2, 70, 9, dtype="int8"), "int32": q_is(2, 70, 9, dtype="int32"),
+    "another name": entry_is("w.q", "v.q", "trellis", [2, 70, 9]),
+    "no rows' exponents": entry_is("w.rows", "v.rows", "int8", [2, 70]),
+    "no columns' exponents": entry_is("w.columns", "v.columns", "int8", [2, 9]),
+    "rows of fp16": entry_is("w.rows", "w.rows", "float16", [2, 35]), "columns of fp16": columns_of_fp16,
+    "columns' order": entry_is("w.columns", "w.columns", "int8", [9, 2]),
+    "rows themselves a trellis": entry_is("w.rows", "w.rows", "trellis", [2, 70]),
+    "escapes, one more": lambda head, streams: head.update(escapes=head["escapes"] + 1),
+    "escapes, one less": lambda head, streams: head.update(escapes=head["escapes"] - 1),
+    "no escapes": lambda head, streams: head.update(escapes=0),
+    "an escape less": stream_is(-3, lambda raw: raw[:-4], -1),
+    "an escape more": stream_is(-3, lambda raw: raw + b"1234", 1),
+    "an escape per index and more": stream_is(-3, lambda raw: raw + bytes(4 * 1260), 1260),
+    "a lane more": stream_is(-2, lambda raw: raw + bytes(4)), "no lane": stream_is(-2, lambda raw: b""),
+    "a state of zero": stream_is(-2, lambda raw: bytes(4)), "the largest state": stream_is(-2, lambda raw: b"\xff" * 4),
+    "a word less": stream_is(-1, lambda raw: raw[:-2]), "a word more": stream_is(-1, lambda raw: raw + b"ab"),
+    "no words": stream_is(-1, lambda raw: b""), "half a word": stream_is(-1, lambda raw: raw[:-1]),
+    "another word": stream_is(-1, lambda raw: raw[:8] + b"ab" + raw[10:]),
+    "the words turned round": stream_is(-1, lambda raw: raw[::-1]),
+    "no frequencies": stream_is(-4, lambda raw: bytes(len(raw))),
+    "too high": stream_is(-4, lambda raw: b"\xff" * len(raw)),
+    "a frequency too high": stream_is(-4, lambda raw: bytes([raw[0] ^ 1]) + raw[1:]),
+    "a table less": stream_is(-4, lambda raw: raw[:-128]),
+    "no stream for the words": lambda head, streams: streams.pop(),
+    "a stream more": lambda head, streams: streams.append(b""), "no streams": lambda head, streams: streams.clear(),
+}
+
+
+@pytest.mark.parametrize("lie", [None, *TRELLIS_LIES.values()], ids=["honest", *TRELLIS_LIES])
+def test_a_trellis_that_lies_is_refused(lie):
+    head, streams = taken_apart(pack_artifact(trellis_tensors(), {}))
+    if lie:
+        lie(head, streams)
+    with pytest.raises(ArtifactError) if lie else contextlib.nullcontext():
+        unpack_artifact(craft(*joined(head, streams)))
 
 
 @pytest.mark.parametrize("compressor", ["brotli", "lzma"])
@@ -238,12 +509,16 @@ def test_a_header_of_another_length_is_refused(head_bytes):
         unpack_artifact(craft(HONEST, STREAM, head_bytes=head_bytes))
 
 
-@pytest.mark.parametrize("where", ["header", "brotli", "lzma"])
+@pytest.mark.parametrize("where", ["header", "brotli", "lzma", "escapes"])
 def test_decompression_bombs_are_refused(where):
     packed = bomb("lzma" if where == "lzma" else "brotli")
     assert len(packed) < 1 << 18
-    data = (craft(None, STREAM, packed) if where == "header" else
-            craft({**HONEST, "compressor": where, "streams": [len(packed)]}, packed))
+    if where == "escapes":
+        head, streams = taken_apart(pack_artifact(trellis_tensors(), {}))
+        data = craft(*joined({**head, "escapes": 160 << 18}, [*streams[:-3], packed, *streams[-2:]]))
+    else:
+        data = (craft(None, STREAM, packed) if where == "header" else
+                craft({**HONEST, "compressor": where, "streams": [len(packed)]}, packed))
     with little_memory(), pytest.raises(ArtifactError):
         unpack_artifact(data)
 
@@ -276,7 +551,7 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
 
 def fuzz(count: int, rt) -> tuple[int, int]:
     """Mutate a real artifact; returns how many mutants were refused and how many read (checksum put right again)."""
-    config, rng, refused = tiny_config(), random.Random(0), 0
+    config, rng, refused = tiny_config(MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1), random.Random(0), 0
     good = pack_artifact(tensors_of(tiny_model(config)), artifact_header(config))
     _, _, head_bytes, _ = train_gpt.ARTIFACT_PREFIX.unpack_from(good)
     begin = train_gpt.ARTIFACT_PREFIX.size
@@ -311,11 +586,62 @@ def test_mutated_artifacts_are_refused_or_whole(rt):
     assert refused > 300
 
 
+def frequencies_moved(rng: random.Random, raw: bytes) -> bytes:
+    """Frequency tables that still add up: some symbols' frequencies given to others of their context, or swapped."""
+    tables = np.ascontiguousarray(train_gpt.from_byte_planes(raw, 2)).view("<u2").reshape(-1, train_gpt.SYMBOLS).copy()
+    for _ in range(rng.randint(1, 9)):
+        table = tables[rng.choice(np.flatnonzero(tables.any(1)).tolist())]
+        i, j = rng.choice(np.flatnonzero(table).tolist()), rng.randrange(len(table))
+        part = rng.randint(1, int(table[i]))
+        if i != j:
+            table[i], table[j] = rng.choice([(table[i] - part, table[j] + part), (table[j], table[i])])
+    return train_gpt.byte_planes(tables)
+
+
+def fuzz_decoder(count: int) -> collections.Counter:
+    """Mutate what the entropy decoder gets, behind checksum and compressor; returns the outcomes."""
+    rng, outcomes = random.Random(0), collections.Counter()
+    tensors = {**trellis_tensors("w", (2, 66, 2)), **trellis_tensors("v", (1, 3, 5))}
+    head, streams = taken_apart(pack_artifact(tensors, {}))  # plain tensors, frequencies, escapes, states, words
+    good = [brotli.decompress(stream) for stream in streams[:-2]] + streams[-2:]
+    for _ in range(count):
+        raw, lie = list(good), json.dumps(head).encode()
+        for part in set(rng.choices(range(6), (6, 6, 2, 2, 3, 1), k=2)):
+            if part == 5:
+                lie = mutated(rng, lie)
+            elif part == 1 and rng.random() < 0.9:
+                raw[1] = frequencies_moved(rng, raw[1])
+            else:
+                raw[part] = mutated(rng, raw[part])
+                if rng.random() < 0.8:
+                    raw[part] = raw[part][:len(good[part])].ljust(len(good[part]), b"\1")
+        packed = [brotli.compress(data, quality=1) for data in raw[:-2]] + raw[-2:]
+        with contextlib.suppress(ValueError, TypeError):  # the header's own lengths, as far as it can be read
+            lie = json.dumps(joined(json.loads(lie), packed)[0]).encode()
+        try:
+            restored, read = unpack_artifact(craft(None, b"".join(packed), brotli.compress(lie, quality=1)))
+        except ArtifactError as error:
+            outcomes[str(error)] += 1
+        else:
+            outcomes["read"] += 1
+            shapes = {name: tuple(shape) for name, _, shape in json.loads(lie)["tensors"]}
+            assert {name: tuple(tensor.shape) for name, tensor in restored.items()} == shapes
+            assert all(tensor.dtype == torch.int32 for name, tensor in restored.items() if name in ("w.q", "v.q"))
+    return outcomes
+
+
+def test_mutated_codes_are_refused_or_whole():
+    outcomes = fuzz_decoder(300)
+    assert {"read", "the coded indices end too early", "the coded indices do not end where they should",
+            "the artifact has too few escapes", "a table of frequencies does not add up"} <= set(outcomes)
+
+
 @pytest.mark.slow
 def test_ten_thousand_mutated_artifacts(rt):
     with little_memory(400):
         refused, read = fuzz(10_000, rt)
-    print(f"{refused} refused, {read} read")
+        outcomes = fuzz_decoder(10_000)
+    print(f"{refused} refused, {read} read, {outcomes}")
     assert refused > 8000 and read > 0
 
 
@@ -400,11 +726,18 @@ def test_an_artifact_has_no_say_in_folders_and_machine_settings(tmp_path):
 
 
 def tensors_of(model: train_gpt.GPT) -> dict[str, torch.Tensor]:
-    """An artifact's tensors of a tiny model, one bank quantized by hand."""
-    tensors = {name: p.detach().half() for name, p in model.named_parameters() if name != "up_bank"}
-    scale = model.up_bank.detach().abs().amax(-1) / 31
-    return {**tensors, "up_bank.q": (model.up_bank.detach() / scale[..., None]).round().to(torch.int8),
-            "up_bank.scale": scale.half()}
+    """An artifact's tensors of a tiny model, two banks quantized by hand: rows of integers, and trellis paths."""
+    tensors = {name: p.detach().half() for name, p in model.named_parameters() if name not in ("up_bank", "kv_bank")}
+    up, kv = model.up_bank.detach(), model.kv_bank.detach()
+    scale = up.abs().amax(-1) / 31
+    matrices, _, columns = kv.shape
+    exponents = torch.arange(-6, columns - 6, dtype=torch.int8).fmod(7).expand(matrices, -1)
+    step = torch.linspace(0.01, 0.02, matrices)
+    paths = (kv / train_gpt.column_steps(step, exponents)).mT[..., None]  # all columns at once
+    integers = train_gpt.round_columns(paths)[..., 0].mT.contiguous()
+    return {**tensors, "up_bank.q": (up / scale[..., None]).round().to(torch.int8), "up_bank.scale": scale.half(),
+            "kv_bank.q": torch.from_numpy(train_gpt.trellis_indices(integers.int().numpy())), "kv_bank.step": step,
+            "kv_bank.rows": torch.full(kv.shape[:2], 8, dtype=torch.int8), "kv_bank.columns": exponents}
 
 
 def test_a_model_comes_back_from_its_artifact(rt):
@@ -417,6 +750,11 @@ def test_a_model_comes_back_from_its_artifact(rt):
         assert q.dtype == torch.float32
         if name == "up_bank":
             assert 0 < (p - q).abs().max() < 0.51 * p.abs().max() / 31
+        elif name == "kv_bank":
+            assert 0 < (p - q).abs().max() < 2 * 0.02 * 2 ** 1.5 and (p - q).std() < 0.02
+            tensors = tensors_of(model)
+            q_, step, columns = (tensors[f"kv_bank.{part}"] for part in ("q", "step", "columns"))
+            assert torch.equal(q, train_gpt.dequantize_trellis(q_, step, columns))  # to the last bit
         else:
             assert torch.equal(q, p.half().float()), name
 
@@ -435,7 +773,7 @@ def test_another_models_tensors_are_refused(rt, other):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused(rt, bad):
     config = tiny_config()
-    for name in ("embedding", "up_bank.scale"):
+    for name in ("embedding", "up_bank.scale", "kv_bank.step"):
         tensors = tensors_of(tiny_model(config))
         tensors[name].view(-1)[3] = bad
         with pytest.raises(ArtifactError, match=f"{name.split('.')[0]} holds values that are not finite"):
@@ -445,12 +783,101 @@ def test_values_that_are_not_finite_are_refused(rt, bad):
 def test_incomplete_tensors_are_refused(rt):
     config = tiny_config()
     whole = tensors_of(tiny_model(config))
-    for missing in ("up_bank.q", "up_bank.scale", "embedding", "q_gain"):
+    for missing in ("up_bank.q", "up_bank.scale", "embedding", "q_gain", "kv_bank.q", "kv_bank.step",
+                    "kv_bank.columns"):
         with pytest.raises(ArtifactError, match=missing.split(".")[0]):
             train_gpt.model_from_artifact(config, rt, {n: t for n, t in whole.items() if n != missing})
     for scale in (torch.ones(6, 255).half(), torch.ones(7, 256).half(), torch.ones(2, 6, 256).half()):
         with pytest.raises(ArtifactError, match="up_bank"):
             train_gpt.model_from_artifact(config, rt, {**whole, "up_bank.scale": scale})
+    for part, (name, tensor) in itertools.product((0, 1, 2), whole.items()):
+        if name in ("kv_bank.q", "kv_bank.step", "kv_bank.columns") and part < tensor.dim():
+            for other in (tensor[None], tensor.select(part, 0), tensor.narrow(part, 0, 1), tensor.narrow(part, 0, 0),
+                          torch.cat([tensor, tensor], part)):
+                with pytest.raises(ArtifactError, match="kv_bank"):
+                    train_gpt.model_from_artifact(config, rt, {**whole, name: other})
+    for dtype in (torch.int8, torch.float16, torch.float32):
+        with pytest.raises(ArtifactError, match="kv_bank"):
+            train_gpt.model_from_artifact(config, rt, {**whole, "kv_bank.q": whole["kv_bank.q"].to(dtype)})
+
+
+# --- the fit to a size ------------------------------------------------------------------------------------------------
+
+
+class FakeQuantizer:
+    """Makes tensors of random bytes, as many as `bytes_at(bits per weight)` says."""
+
+    weights = 20_000
+
+    def __init__(self, bytes_at):
+        self.bytes_at, self.bits = bytes_at, []
+
+    def price_of(self, bits: float) -> float:
+        return -3.0 - bits
+
+    def quantize(self, price: float) -> dict[str, torch.Tensor]:
+        self.bits.append(-3.0 - price)
+        size = max(int(self.bytes_at(self.bits[-1])), 0)
+        return {"noise": torch.from_numpy(np.random.default_rng(0).integers(-128, 128, size).astype(np.int8))}
+
+
+SIZES = {
+    "as expected": lambda bits: 2500 * bits, "more than expected": lambda bits: 3000 * bits + 1500,
+    "less": lambda bits: 1500 * bits, "as of Gaussians": lambda bits: 1250 * math.log2(1 + 4 ** bits),
+    "in stairs": lambda bits: 2500 * bits // 4 * 4,
+    "weights of two kinds": lambda bits: 1500 * bits + 1000 * max(bits - 3, 0)}
+
+
+@pytest.mark.parametrize("bytes_at", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("target", [6000, 8192])
+def test_the_artifact_fills_its_target(rt, bytes_at, target):
+    quantizer = FakeQuantizer(bytes_at)
+    artifact = train_gpt.fit_artifact(tiny_config(), rt, quantizer, target)
+    assert target * (1 - 5e-4) <= len(artifact) <= target and len(quantizer.bits) <= 12
+    assert same(unpack_artifact(artifact)[0]["noise"], quantizer.quantize(-3.0 - quantizer.bits[-1])["noise"])
+
+
+def test_a_byte_too_many_is_too_many(rt, monkeypatch):
+    sizes = iter([8001, 7000, 8001, 8000])
+    monkeypatch.setattr(train_gpt, "pack_artifact", lambda tensors, header: bytes(next(sizes)))
+    assert len(train_gpt.fit_artifact(tiny_config(), rt, FakeQuantizer(SIZES["as expected"]), 8000)) == 8000
+
+
+def test_ranks_agree_on_the_fit(rt):
+    """Rank 0 packs and has the bytes; the others go the same steps."""
+    alone, quantizers = FakeQuantizer(SIZES["less"]), {rank: FakeQuantizer(SIZES["less"]) for rank in range(2)}
+    artifact = train_gpt.fit_artifact(tiny_config(), rt, alone, 6000)
+    found = on_ranks(2, lambda rt: train_gpt.fit_artifact(tiny_config(), rt, quantizers[rt.rank], 6000))
+    assert found == [artifact, None] and quantizers[0].bits == quantizers[1].bits == alone.bits
+
+
+def test_steps_are_never_finer_than_six_bits(rt):
+    quantizer = FakeQuantizer(SIZES["as expected"])
+    artifact = train_gpt.fit_artifact(tiny_config(), rt, quantizer, 10**6)
+    assert quantizer.bits == [train_gpt.MOST_BITS] and len(artifact) > 2500 * train_gpt.MOST_BITS
+    quantizer = FakeQuantizer(SIZES["less"])  # whose price must fall to reach the target, but may not
+    artifact = train_gpt.fit_artifact(tiny_config(), rt, quantizer, 12_000)
+    assert max(quantizer.bits) == train_gpt.MOST_BITS and len(artifact) < 12_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [1.5, 3.5])
+def test_a_real_model_fills_its_target(rt, monkeypatch, bits):
+    config, model = narrow_model(monkeypatch, MODEL_DIM=64)
+    quantizer = train_gpt.TrellisQuantizer(config, rt, model, *calibrated(model))
+    target = int(bits * quantizer.weights / 8)
+    artifact = train_gpt.fit_artifact(config, rt, quantizer, target)
+    assert target * (1 - 5e-4) <= len(artifact) <= target
+    train_gpt.model_from_artifact(config, rt, unpack_artifact(artifact)[0])
+
+
+def test_a_target_out_of_reach_stops_the_run(rt):
+    quantizer = FakeQuantizer(lambda bits: 1000 + 100 * max(bits, 0))
+    with pytest.raises(train_gpt.RunStopped, match=r"TARGET_BYTES=4321 .* \d{4} bytes where 500 are left") as stopped:
+        train_gpt.fit_artifact(tiny_config(TARGET_BYTES=4321), rt, quantizer, 500)
+    assert stopped.value.args[1] == 1
+    # Steps 2^16 times the finest ones leave nothing; beyond them there is no point, and at last no fp32 number.
+    assert min(quantizer.bits) == train_gpt.MOST_BITS - 16 and len(set(quantizer.bits)) == len(quantizer.bits) < 8
 
 
 # --- the contest's size -----------------------------------------------------------------------------------------------
@@ -459,12 +886,12 @@ def test_incomplete_tensors_are_refused(rt):
 @pytest.mark.slow
 def test_the_full_model_fits_the_cap(rt):
     """At its random initial weights, which compress no better than trained ones."""
-    config = Config.from_env({"DEVICE": "cpu", "TTT_ENABLED": "0"})
+    config = Config.from_env({"DEVICE": "cpu", "TTT_ENABLED": "0", "QUANTIZER": "sdclip"})
     torch.manual_seed(config.seed)
     model = train_gpt.GPT(config)
     sites = {site: matrix.size(-1) for bank, names in model.matrix_sites().items()
              for site, matrix in zip(names, getattr(model, bank) if bank != "embedding" else [model.embedding])}
-    tensors = train_gpt.quantize(config, rt, model, {site: torch.eye(width) for site, width in sites.items()})
+    tensors = train_gpt.quantize_rows(config, rt, model, {site: torch.eye(width) for site, width in sites.items()})
     artifact = pack_artifact(tensors, artifact_header(config))
     code = train_gpt.pack_source(train_gpt.SOURCE, train_gpt.Config())
     print(f"code {len(code)} + artifact {len(artifact)} = {len(code) + len(artifact)} bytes")

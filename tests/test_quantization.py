@@ -1,4 +1,10 @@
 """Room 7: Hessians from training data, GPTQ against the paper done slowly, the artifact's tensors."""
+import collections
+import itertools
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +13,19 @@ from conftest import tiny_config, tiny_model, write_shards
 from test_data import RankOf
 
 import train_gpt
-from train_gpt import GPT, TrainData, collect_hessians, dequantize, gptq_quantize, quantize
+from train_gpt import (
+    GPT,
+    TrainData,
+    TrellisQuantizer,
+    collect_hessians,
+    collect_sensitivities,
+    dequantize,
+    gptq_quantize,
+    quantize_rows,
+    trellis_indices,
+    trellis_integers,
+    trellis_round,
+)
 
 
 def random_hessian(columns: int, generator: torch.Generator, batch: tuple[int, ...] = ()) -> torch.Tensor:
@@ -18,22 +36,31 @@ def random_hessian(columns: int, generator: torch.Generator, batch: tuple[int, .
     return x.mT @ x / x.size(-2)
 
 
-def by_the_paper(weight, hessian, bits, clip_sigmas, damping=0.01, scale=None):
-    """GPTQ as published, one column after another, the inverse made anew for the columns that are left (fp64)."""
-    top = 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * weight.std(1) / top).half() if scale is None else scale
-    w, h, s = weight.double().clone(), hessian.double().clone(), scale.double()
+def inverses(hessian, damping=0.01) -> list[tuple[list[int], torch.Tensor]]:
+    """The columns that are left, by falling diagonal, and the inverse of their part of the damped hessian (fp64)."""
+    h = hessian.double().clone()
     order = torch.argsort(-h.diagonal(), stable=True).tolist()
     h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.double)
-    integers = torch.zeros_like(w)
-    while order:
-        inverse = torch.linalg.inv(h[order][:, order])
-        column = order[0]
-        integers[:, column] = (w[:, column] / s).round().clamp(-top, top)
-        error = (w[:, column] - integers[:, column] * s) / inverse[0, 0]
-        w[:, order] -= torch.outer(error, inverse[0])
-        order.pop(0)
-    return integers, scale
+    return [(order[i:], torch.linalg.inv(h[order[i:]][:, order[i:]])) for i in range(len(order))]
+
+
+def column_by_column(weight, left_and_inverse, step, choose) -> torch.Tensor:
+    """GPTQ as published: round one column (given in steps) after another, make up for its error in what is left."""
+    w, integers = weight.double().clone(), torch.zeros_like(weight).double()
+    for left, inverse in left_and_inverse:
+        column = left[0]
+        integers[:, column] = choose(w[:, column] / step[:, column])
+        error = (w[:, column] - integers[:, column] * step[:, column]) / inverse[0, 0]
+        w[:, left] -= torch.outer(error, inverse[0])
+    return integers
+
+
+def by_the_paper(weight, hessian, bits, clip_sigmas, damping=0.01, scale=None):
+    """GPTQ with row scales, the inverse made anew for the columns that are left (fp64)."""
+    top = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * weight.std(1) / top).half() if scale is None else scale
+    step = scale.double()[:, None].expand_as(weight)
+    return column_by_column(weight, inverses(hessian, damping), step, lambda y: y.round().clamp(-top, top)), scale
 
 
 def weighted_error(weight, integers, scale, hessian) -> float:
@@ -135,6 +162,259 @@ def test_a_hessian_of_nan_is_an_error():
         gptq_quantize(torch.randn(4, 8), torch.full((8, 8), torch.nan))
 
 
+# --- trellis-coded columns --------------------------------------------------------------------------------------------
+
+
+def nearest_path(y: list[float]) -> tuple[int, ...]:
+    """Of all paths from state 0, for every choice of parities, the one nearest to y."""
+    paths = []
+    for parities in itertools.product((0, 1), repeat=len(y)):
+        state, cost, integers = 0, 0.0, []
+        for value, parity in zip(y, parities):
+            allowed = [2 * k + state // 2 for k in range(-40 + parity, 40, 2)]
+            integers.append(min(allowed, key=lambda integer, value=value: abs(value - integer)))
+            cost += (value - integers[-1]) ** 2
+            state = train_gpt.NEXT_STATE[state][parity]
+        paths.append((cost, tuple(integers)))
+    return min(paths)[1]
+
+
+@pytest.mark.parametrize("spread", [0.3, 2.0, 12.0])
+def test_the_viterbi_path_is_the_nearest_of_all(spread):
+    values = spread * torch.randn(40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    values[0] = 0
+    assert trellis_round(values).tolist() == [list(nearest_path(y)) for y in values.tolist()]
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)], ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 5, 6, 11])
+def test_columns_are_cut_into_paths(batch, rows, monkeypatch):
+    """The last path of a column may be short: what it is filled up with has no say in it."""
+    monkeypatch.setattr(train_gpt, "TRELLIS_ROWS", 5)
+    columns = 3 * torch.randn(*batch, rows, 1, generator=torch.Generator().manual_seed(rows))
+    found = train_gpt.round_columns(columns)
+    assert found.shape == columns.shape
+    for column, integers in zip(columns.reshape(-1, rows).tolist(), found.reshape(-1, rows).tolist()):
+        assert integers == [x for begin in range(0, rows, 5) for x in nearest_path(column[begin:begin + 5])]
+
+
+def test_trellis_coding_comes_near_shannons_bound():
+    """Gaussian weights at about 3 bits: 0.7 dB from the bound of distortion at that rate, where uniform steps lose 1.5.
+
+    The rate is the entropy of the indices given whether they stand for odd multiples, as the coder has it.
+    """
+    weight = torch.randn(64, 4000, generator=torch.Generator().manual_seed(0))
+
+    def decibels(step: float, integers: torch.Tensor, indices: torch.Tensor, context: torch.Tensor) -> float:
+        bits = 0.0
+        for value in context.unique():
+            p = indices[context == value].unique(return_counts=True)[1] / indices.numel()
+            bits -= float((p * (p / p.sum()).log2()).sum())
+        assert 2.8 < bits < 3.2
+        return 10 * math.log10(float((weight - step * integers).square().mean()) * 4 ** bits)
+
+    uniform = (weight / 0.5).round()
+    assert decibels(0.5, uniform, uniform, torch.zeros_like(uniform)) > 1.45
+    integers = trellis_round((weight / 0.26).t()).t()
+    indices = torch.from_numpy(trellis_indices(integers.int().numpy()))
+    assert 0.5 < decibels(0.26, integers, indices, integers.int() & 1) < 0.85
+
+
+def along_one_column(integers: list[int]) -> list[int]:
+    """Indices of a column, by the definition; fails where the column is no path."""
+    indices, state = [], 0
+    for row, integer in enumerate(integers):
+        state = 0 if row % 64 == 0 else state
+        index, rest = divmod(integer - state // 2, 2)
+        assert rest == 0
+        indices.append(index)
+        state = train_gpt.NEXT_STATE[state][index % 2]
+    return indices
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (64, 3), (65, 2), (2, 63, 4), (2, 200, 3), (2, 2, 130, 1), (0, 9, 2),
+                                   (3, 0)], ids=str)
+def test_indices_of_a_path_and_back(shape):
+    generator = torch.Generator().manual_seed(1)
+    rounded = torch.stack([train_gpt.round_columns(7 * torch.randn(*shape[:-1], 1, generator=generator)).squeeze(-1)
+                           for _ in range(shape[-1])], -1) if math.prod(shape) else torch.zeros(shape)
+    integers = rounded.int().numpy()
+    indices = trellis_indices(integers)
+    assert indices.dtype == np.int32 and indices.shape == shape
+    for column, found in zip(np.moveaxis(integers, -2, -1).reshape(-1, shape[-2]),
+                             np.moveaxis(indices, -2, -1).reshape(-1, shape[-2])):
+        assert along_one_column(column.tolist()) == found.tolist()
+    assert np.array_equal(trellis_integers(indices), integers)
+    anything = np.random.default_rng(0).integers(-999, 999, shape, dtype=np.int32)  # any indices are some path's
+    assert np.array_equal(trellis_indices(trellis_integers(anything)), anything)
+
+
+def narrow_model(monkeypatch, **settings) -> tuple[train_gpt.Config, GPT]:
+    """A very small model whose matrices are quantized all the same."""
+    monkeypatch.setattr(train_gpt, "KEPT_FP16_ELEMENTS", 1000)
+    config = tiny_config(**{"MODEL_DIM": 16, "NUM_HEADS": 2, "NUM_KV_HEADS": 1, "MLP_MULT": 2, **settings})
+    return config, tiny_model(config)
+
+
+def sites_of(model: GPT) -> list[tuple[str, int, str, torch.Tensor]]:
+    """(bank, number, site, matrix) of all matrices."""
+    return [(name, i, site, matrix) for name, sites in model.matrix_sites().items()
+            for i, (site, matrix) in enumerate(zip(sites, getattr(model, name).detach().view(
+                len(sites), *getattr(model, name).shape[-2:])))]
+
+
+def calibrated(model: GPT) -> tuple[dict, dict]:
+    """Random Hessians and sensitivities for every site."""
+    generator, hessians, sensitivities = torch.Generator().manual_seed(0), {}, {}
+    for _, _, site, matrix in sites_of(model):
+        hessians.setdefault(site, random_hessian(matrix.size(1), generator))
+        sensitivities.setdefault(site, torch.rand((), generator=generator) * 1e-4)
+    return hessians, sensitivities
+
+
+def test_trellis_quantizer_does_what_it_says(rt, monkeypatch):
+    """Against a slow transcription: steps 2^(price + level + columns / 4), GPTQ one column at a time in fp64."""
+    config, model = narrow_model(monkeypatch)
+    hessians, sensitivities = calibrated(model)
+    tensors = TrellisQuantizer(config, rt, model, hessians, sensitivities).quantize(price := -9.0)
+    different = total = without_feedback = 0
+    for bank, i, site, matrix in sites_of(model):
+        walk = inverses(hessians[site])
+        log = torch.zeros(matrix.size(1), dtype=torch.double)
+        for left, inverse in walk:
+            log[left[0]] = inverse[0, 0].log2() / 2
+        level = log.mean() - sensitivities[site].double().log2() / 2
+        columns = (4 * (log - log.mean())).round()
+        step = 2 ** (price + level + columns / 4)
+        integers = column_by_column(matrix, walk, step.expand_as(matrix), lambda y: train_gpt.round_columns(
+            y[:, None].float())[:, 0])
+        q, side = tensors[f"{bank}.q"][i], [tensors[f"{bank}.{part}"][i] for part in ("step", "columns", "rows")]
+        assert q.dtype == torch.int32 and side[1].dtype == side[2].dtype == torch.int8
+        assert side[0].item() == pytest.approx(2 ** (price + level.item()), rel=1e-5)
+        assert torch.equal(side[1], columns.to(torch.int8)) and columns.unique().numel() > 3
+        rows = 4 * (matrix.std(1).log2() - price - level)
+        assert (side[2] - rows).abs().max() < 0.51
+        found = torch.from_numpy(trellis_integers(q.numpy()))
+        different += int((found != integers).sum())
+        alone = train_gpt.round_columns((matrix / step).float().T[..., None])[..., 0].T
+        without_feedback += int((alone != found).sum())
+        total += integers.numel()
+        restored = train_gpt.dequantize_trellis(q[None], side[0][None], side[1][None])[0]
+        torch.testing.assert_close(restored, (found * step).float(), rtol=1e-5, atol=0)
+    assert different < 1e-3 * total and without_feedback > 0.02 * total, f"{different} of {total} differ"
+    kept = {name for name, p in model.named_parameters() if p.numel() <= 1000}
+    assert set(tensors) == kept | {f"{bank}.{part}" for bank in (*GPT.BANKS, "embedding")
+                                   for part in ("q", "step", "columns", "rows")}
+    assert all(torch.equal(tensors[name], dict(model.named_parameters())[name].half()) for name in kept)
+
+
+def test_steps_follow_the_sensitivity(rt, monkeypatch):
+    """A matrix whose errors cost a sixteenth gets steps four times as long, and the others keep theirs."""
+    config, model = narrow_model(monkeypatch)
+    hessians, sensitivities = calibrated(model)
+    before = TrellisQuantizer(config, rt, model, hessians, sensitivities).quantize(-9.0)
+    sensitivities["mlp_in.2"] /= 16
+    after = TrellisQuantizer(config, rt, model, hessians, sensitivities).quantize(-9.0)
+    ratio = torch.tensor([1, 1, 4, 1, 1, 1])
+    torch.testing.assert_close(after["up_bank.step"], before["up_bank.step"] * ratio)
+    assert after["up_bank.q"][2].abs().sum() < 0.3 * before["up_bank.q"][2].abs().sum()
+    for name in set(before) - {"up_bank.step", "up_bank.q", "up_bank.rows"}:
+        assert torch.equal(before[name], after[name]), name
+
+
+def bits_of(symbols: torch.Tensor, context: torch.Tensor) -> float:
+    """Entropy in bits of symbols given their context, by their histograms."""
+    bits = 0.0
+    for value in context.unique():
+        n = symbols[context == value].unique(return_counts=True)[1].double()
+        bits -= float((n * (n / n.sum()).log2()).sum())
+    return bits / symbols.numel()
+
+
+def test_the_trellis_costs_less_than_row_scales(rt, monkeypatch):
+    """At the same entropy (a bit is 6 dB), where the Hessian's spectrum is spread: less than a third of the error."""
+    config, model = narrow_model(monkeypatch, MODEL_DIM=64, MLP_MULT=4)
+    hessians, sensitivities = calibrated(model)
+    quantizer = TrellisQuantizer(config, rt, model, hessians, dict.fromkeys(sensitivities, torch.tensor(1.0)))
+    tensors = quantizer.quantize(quantizer.price_of(3.0))
+    assert 8 * len(train_gpt.pack_artifact(tensors, {})) / quantizer.weights == pytest.approx(3.0, abs=0.4)
+    for bank, i in (("up_bank", 1), ("down_bank", 2)):
+        site, matrix = model.matrix_sites()[bank][i], getattr(model, bank)[i].detach()
+        q, step, columns, rows = (tensors[f"{bank}.{part}"][i:i + 1] for part in ("q", "step", "columns", "rows"))
+        restored = train_gpt.dequantize_trellis(q, step, columns)[0]
+        odd = torch.from_numpy(trellis_integers(q.numpy()))[0] & 1
+        classes = torch.from_numpy(train_gpt.classes_of(rows, columns))[0]
+        integers, scale = gptq_quantize(matrix, hessians[site], 4, 3.5)
+        bits = bits_of(q[0], 2 * classes + odd), bits_of(integers, torch.zeros_like(integers))
+        errors = (weighted_error(matrix, restored, torch.ones(len(matrix)), hessians[site]),
+                  weighted_error(matrix, integers, scale, hessians[site]))
+        assert abs(bits[0] - bits[1]) < 1 and errors[0] * 4 ** bits[0] < 0.3 * errors[1] * 4 ** bits[1]
+
+
+class ThreadRank(RankOf):
+    """One of several ranks that are threads of this process: their sums are real."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, given: dict):
+        super().__init__(rank, barrier.parties)
+        self.barrier, self.given, self.log_file = barrier, given, None
+
+    def all_reduce(self, tensor, asynchronous=False):
+        self.given[self.rank] = tensor.clone()
+        self.barrier.wait(20)
+        total = sum(self.given.values())
+        self.barrier.wait(20)
+        tensor.copy_(total)
+
+
+def on_ranks(world: int, work) -> list:
+    """What work(rt) returns on each of several ranks."""
+    barrier, given = threading.Barrier(world), {}
+    with ThreadPoolExecutor(world) as pool:
+        return list(pool.map(work, [ThreadRank(rank, barrier, given) for rank in range(world)]))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_quantize_what_one_does(rt, monkeypatch, world):
+    config, model = narrow_model(monkeypatch)
+    args = model, *calibrated(model)
+
+    def work(rt):
+        quantizer = TrellisQuantizer(config, rt, *args)
+        return quantizer.weights, quantizer.price_of(4.0), quantizer.quantize(-9.0)
+
+    weights, price, tensors = work(rt)
+    assert weights == sum(matrix.numel() for *_, matrix in sites_of(model))
+    for found in on_ranks(world, work):
+        assert found[:2] == (weights, pytest.approx(price)) and list(found[2]) == list(tensors)
+        for name, tensor in tensors.items():
+            if name.endswith(".q"):
+                assert (found[2][name] != tensor).float().mean() < 1e-3, name  # ties
+            else:
+                torch.testing.assert_close(found[2][name], tensor, rtol=1e-6, atol=0)
+
+
+def test_dead_inputs_zero_matrices_and_insensitive_sites(rt, monkeypatch):
+    config, model = narrow_model(monkeypatch)
+    hessians, sensitivities = calibrated(model)
+    hessians["mlp_in.1"][[3, 7]], hessians["mlp_in.1"][:, [3, 7]] = 0, 0
+    hessians["mlp_in.4"].zero_()
+    sensitivities["mlp_in.5"].zero_()
+    with torch.no_grad():
+        model.up_bank[2] = 0
+        model.up_bank[3, 10] = 0
+    quantizer = TrellisQuantizer(config, rt, model, hessians, sensitivities)
+    assert math.isfinite(quantizer.mean_spread)
+    tensors = quantizer.quantize(-9.0)
+    q, step, columns, rows = (tensors[f"up_bank.{part}"] for part in ("q", "step", "columns", "rows"))
+    restored = train_gpt.dequantize_trellis(q, step, columns)
+    assert restored.isfinite().all() and (step > 0).all()
+    assert not restored[1][:, [3, 7]].any() and restored[1].any()
+    assert not restored[2].any() and not restored[4].any() and not restored[5].any()
+    # a row of zeros goes along in its column's paths, which may pass it by a step or two
+    assert (restored[3, 10].abs() <= 2.01 * train_gpt.column_steps(step, columns)[3, 0]).all()
+    assert int(rows[2].max()) <= int(rows[3, 10]) < int(rows[3].float().mean())
+
+
 # --- calibration ----------------------------------------------------------------------------------------------------
 
 
@@ -201,9 +481,93 @@ def test_calibration_reads_training_tokens_only(calibration, monkeypatch):
     seen, hidden, files, open_shard = [], GPT.hidden, [], train_gpt.open_shard
     monkeypatch.setattr(GPT, "hidden", lambda self, ids: seen.append(ids) or hidden(self, ids))
     monkeypatch.setattr(train_gpt, "open_shard", lambda path: files.append(path.name) or open_shard(path))
-    collect_hessians(config, data.rt, model, TrainData(config, data.rt).in_order(1))
-    assert sum(ids.numel() for ids in seen) == 3 * 256 and max(int(ids.max()) for ids in seen) < 150
-    assert files == ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
+    training = ["fineweb_train_000000.bin", "fineweb_train_000001.bin"]
+    for number, (collector, batches) in enumerate(((collect_hessians, 3), (collect_sensitivities, 1))):
+        seen.clear()
+        collector(config, data.rt, model, TrainData(config, data.rt).in_order(1))
+        assert sum(ids.numel() for ids in seen) == batches * 256 and max(int(ids.max()) for ids in seen) < 150
+        assert files == training * (number + 1)
+
+
+def by_hand(model: GPT, losses, ids: torch.Tensor) -> collections.Counter:
+    """Sum over `losses` of the squared gradients at every site's outputs: mean over outputs, sum over the rest."""
+    outputs, sums = [], collections.Counter()
+
+    def kept(x, matrix, site):
+        outputs.append((site, F.linear(x, matrix)))
+        return outputs[-1][1]
+
+    with train_gpt.replaced_products(model, kept):
+        logits = kept(model.hidden(ids), model.embedding, "head")
+    for loss in losses(30 * torch.tanh(logits / 30)):
+        for site, gradient in zip((site for site, _ in outputs), torch.autograd.grad(
+                loss, [y for _, y in outputs], retain_graph=True, allow_unused=True)):
+            if gradient is not None:
+                sums[site] += float(gradient.double().square().mean(-1).sum())
+    return sums
+
+
+@pytest.fixture
+def one_sequence_at_a_time(tmp_path):
+    """A looping model and few, short training sequences: the smallest micro-batches there are."""
+    config = tiny_config(DATA_DIR=tmp_path, TRAIN_SEQ_LEN=8, TRAIN_BATCH_TOKENS=96, MICRO_BATCH_TOKENS=40,
+                         GPTQ_CALIBRATION_BATCHES=17)
+    write_shards(tmp_path, vocab_size=300)
+    model = tiny_model(config)
+    model.looping = True
+    return config, model, TrainData(config, train_gpt.Runtime(config))
+
+
+def test_sensitivities_are_mean_squared_gradients(one_sequence_at_a_time):
+    """Batches 0 and 16, one sequence after another: the gradient of the sequence's loss at each output."""
+    config, model, data = one_sequence_at_a_time
+    expected, tokens = collections.Counter(), 0
+    for ids, targets in itertools.chain(data.batch(0), data.batch(16)):
+        for i in range(len(ids)):
+            expected.update(by_hand(model, lambda z, t=targets[i]: [F.cross_entropy(z[0], t, reduction="sum")],
+                                    ids[i:i + 1]))
+            tokens += ids.size(1)
+    found = collect_sensitivities(config, data.rt, model, data)
+    assert tokens == 2 * 96 and set(found) == set(expected) == {
+        site for names in model.matrix_sites().values() for site in names}
+    for site, value in found.items():
+        assert value.shape == () and value.dtype == torch.float32
+        assert float(value) == pytest.approx(expected[site] / tokens, rel=1e-4), site
+    assert all(p.requires_grad for p in model.parameters()) and "project" not in vars(model)
+
+
+def test_a_sequences_gradient_stands_for_its_tokens(one_sequence_at_a_time):
+    """Gradients of one sequence's tokens are uncorrelated where the model itself draws them: the Fisher information."""
+    config, model, _ = one_sequence_at_a_time
+    together, alone = collections.Counter(), collections.Counter()
+    torch.manual_seed(0)
+    for _ in range(12):
+        ids = torch.randint(0, 300, (1, 8))
+        with torch.no_grad():
+            targets = torch.distributions.Categorical(logits=model.logits(ids, 8)).sample()
+
+        def each(z, targets=targets):
+            return F.cross_entropy(z[0], targets[0], reduction="none")
+
+        together.update(by_hand(model, lambda z: [each(z).sum()], ids))
+        alone.update(by_hand(model, each, ids))
+    for site, value in alone.items():
+        assert 0.85 < together[site] / value < 1.2, site
+
+
+def test_sensitivities_of_ranks_add_up_to_one(calibration):
+    config, model, data = calibration
+    whole = collect_sensitivities(config, data.rt, model, data)
+    shares = [collect_sensitivities(config, rt, model, TrainData(config, rt)) for rt in (RankOf(0, 2), RankOf(1, 2))]
+    for site, value in whole.items():
+        torch.testing.assert_close(shares[0][site] + shares[1][site], value, rtol=1e-4, atol=0)
+
+
+def test_an_untrained_models_sensitivities_are_finite(calibration):
+    """Where sublayers' outputs are still zero, no gradient reaches what stands before them."""
+    config, _, data = calibration
+    found = collect_sensitivities(config, data.rt, GPT(config), data)
+    assert found["attn_in.0"] == 0 and found["head"] > 0 and all(value.isfinite() for value in found.values())
 
 
 def test_ranks_add_up_to_one(calibration):
@@ -235,7 +599,7 @@ def test_small_tensors_stay_fp16_and_large_ones_become_integers(rt):
     banks = {"qo_bank", "kv_bank", "up_bank", "down_bank"}
     for vocab_size, quantized in ((512, banks), (513, banks | {"embedding"})):  # 512 * 128 is 65,536: it stays
         config, model = wide_model(vocab_size)
-        tensors = quantize(config, rt, model, hessians_of(model, torch.eye))
+        tensors = quantize_rows(config, rt, model, hessians_of(model, torch.eye))
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         expected = {name: (torch.float16, shape) for name, shape in shapes.items() if name not in quantized}
         for name in quantized:
@@ -250,7 +614,7 @@ def test_each_matrix_is_quantized_with_its_own_hessian_and_bits(rt):
     config, model = wide_model(600)
     generator = torch.Generator().manual_seed(4)
     hessians = hessians_of(model, lambda width: random_hessian(width, generator))
-    tensors = quantize(config, rt, model, hessians)
+    tensors = quantize_rows(config, rt, model, hessians)
     layers = range(5)
     sites = {"qo_bank": [f"attn_in.{i}" for i in layers] + [f"attn_out.{i}" for i in layers],
              "kv_bank": [f"attn_in.{i}" for i in layers] + [f"attn_in.{i}" for i in layers],
@@ -268,7 +632,8 @@ def test_each_matrix_is_quantized_with_its_own_hessian_and_bits(rt):
 
 def test_the_dequantized_model_is_near_the_original(rt):
     config, model = wide_model(600)
-    restored = train_gpt.model_from_artifact(config, rt, quantize(config, rt, model, hessians_of(model, torch.eye)))
+    tensors = quantize_rows(config, rt, model, hessians_of(model, torch.eye))
+    restored = train_gpt.model_from_artifact(config, rt, tensors)
     assert restored.looping
     for (name, p), (_, q) in zip(model.named_parameters(), restored.named_parameters()):
         if name in GPT.BANKS or name == "embedding":  # half a step of the row's scale, and clipped outliers
