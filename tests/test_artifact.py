@@ -9,6 +9,7 @@ import lzma
 import math
 import pickle
 import random
+import re
 import struct
 import tracemalloc
 import zipfile
@@ -70,16 +71,11 @@ def craft(head, streams: bytes = b"", raw_head: bytes | None = None, head_bytes:
     return struct.pack("<4sHI32s", b"PGLF", 2, size, digest) + packed + streams
 
 
-def taken_apart(data: bytes) -> tuple[dict, list[bytes]]:
-    """The header and the streams of an artifact; `craft(*joined(...))` puts them together again."""
-    begin, head_bytes = train_gpt.ARTIFACT_PREFIX.size, train_gpt.ARTIFACT_PREFIX.unpack_from(data)[2]
-    head, at = json.loads(brotli.decompress(data[begin:begin + head_bytes])), begin + head_bytes
-    ends = np.cumsum([at, *head["streams"]])
-    return head, [data[i:j] for i, j in zip(ends, ends[1:])]
-
-
-def joined(head: dict, streams: list[bytes]) -> tuple[dict, bytes]:
-    return {**head, "streams": [len(stream) for stream in streams]}, b"".join(streams)
+def packed_as_it_stands(plain: dict[str, torch.Tensor]) -> bytes:
+    """The artifact of plain tensors, the parts of the entropy code among them, whatever these are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "encode_trellises", dict)
+        return pack_artifact(plain, {})
 
 
 @contextlib.contextmanager
@@ -110,16 +106,6 @@ def test_round_trip(compressor, piece_bytes, monkeypatch):
     assert [name for name, tensor in tensors.items() if not same(tensor, restored[name])] == []
     restored["fp32 cube"].add_(1)  # the tensors are the caller's own
     assert pack_artifact(tensors, header) == data  # deterministic
-
-
-@pytest.mark.parametrize("missing", ["w.rows", "w.columns"])
-def test_int32_is_for_trellises_only(missing):
-    tensors = trellis_tensors()
-    with pytest.raises(TypeError, match="w.q"):
-        pack_artifact({name: tensor for name, tensor in tensors.items() if name != missing}, {})
-    for name in ("plain", "w.p", "v.q"):
-        with pytest.raises(TypeError, match=name):
-            pack_artifact({**tensors, name: tensors["w.q"]}, {})
 
 
 GOLDEN = Path(__file__).with_name("golden.ptz")
@@ -256,7 +242,9 @@ def test_code_lengths_are_near_the_ideal(kind, most):
 def message():
     """Chunks of contexts and symbols, the tables they come from, and their code in three lanes."""
     rng = np.random.default_rng(0)
-    tables = train_gpt.frequency_tables(rng.integers(0, 9, (4, 64)) ** 4)
+    tables = np.zeros((2 * train_gpt.CLASSES, 64), np.int64)
+    tables[:4] = rng.integers(0, 9, (4, 64)) ** 4
+    tables = train_gpt.frequency_tables(tables)
     chunks = []
     for length in (1, 0, 2, 3, 50, 7):
         contexts = rng.integers(0, 4, length)
@@ -268,7 +256,7 @@ def message():
 def read_all(chunks, tables, states, words):
     decoder = train_gpt.RansDecoder(states, words, tables)
     found = [decoder.read(contexts) for contexts, _ in chunks]
-    decoder.finish()
+    assert not decoder.left(), "the coded indices end elsewhere"
     return found
 
 
@@ -284,18 +272,19 @@ def test_reading_anything_else_is_an_error(message):
     chunks, tables, (states, words) = message
     shorter = [(contexts[:-1], symbols) for contexts, symbols in chunks]
     for other in (chunks[:-1], chunks[1:], [*chunks, chunks[0]], [*chunks, chunks[4]], shorter):
-        with pytest.raises(ArtifactError, match="coded indices"):
+        with pytest.raises((AssertionError, ValueError), match="coded indices|broadcast"):
             read_all(other, tables, states, words)
     for code in (words[:-1], words[1:], np.append(words, words[:1]), words[::-1], words[:0]):
-        with pytest.raises(ArtifactError, match="coded indices"):
+        with pytest.raises((AssertionError, ValueError), match="coded indices|broadcast"):
             read_all(chunks, tables, states, code)
     for part, code in ((0, states), (1, words)):
         for bit in range(code.itemsize * 8 * len(code)):
             altered = [states.copy(), words.copy()]
             altered[part][bit % len(code)] ^= 1 << bit // len(code)
-            with contextlib.suppress(ArtifactError):  # the few that are a message, are another one
+            with contextlib.suppress(AssertionError, ValueError):  # the few that are a message, are another one
                 found = read_all(chunks, tables, *altered)
-                assert any((a != b).any() for a, (_, b) in zip(found, chunks))
+                same_symbols = all(np.array_equal(a, b) for a, (_, b) in zip(found, chunks))
+                pytest.fail("another code gave the same symbols") if same_symbols else None
     for table in (tables * 2, tables + np.uint16(1), tables[:, ::-1] // 2):
         with pytest.raises(ArtifactError, match="add up"):
             train_gpt.RansDecoder(states, words, table)
@@ -371,7 +360,7 @@ LIES = {
     "empty but huge twice": with_shape(2**62, 2**62, 0, streams=[]),
     "repeated names": {**HONEST, "tensors": [["a", "int8", [2]], ["a", "int8", [2]]]},
     "no dtype": {**HONEST, "tensors": [["a", [4]]]}, "dtype is a list": with_shape(4, dtype=["int8"]),
-    "unknown dtype": with_shape(4, dtype="int4"), "a dtype of torch": with_shape(1, dtype="int32"),
+    "unknown dtype": with_shape(4, dtype="int4"), "a dtype of torch": with_shape(4, dtype="uint8"),
     "a trellis alone": with_shape(1, dtype="trellis"),
     "tensors is a number": {**HONEST, "tensors": 3}, "a tensor is null": {**HONEST, "tensors": [None]},
     "no tensors": {**HONEST, "tensors": []},
@@ -383,8 +372,7 @@ LIES = {
     "streams is null": {**HONEST, "streams": None}, "streams is a number": {**HONEST, "streams": 8},
     "unknown compressor": {**HONEST, "compressor": "zip"}, "the other compressor": {**HONEST, "compressor": "lzma"},
     "compressor is null": {**HONEST, "compressor": None}, "compressor is a list": {**HONEST, "compressor": ["brotli"]},
-    **{f"without {key}": without(key) for key in ("tensors", "streams", "compressor", "escapes")},
-    "escapes of nothing": {**HONEST, "escapes": 1}, "escapes is text": {**HONEST, "escapes": "0"},
+    **{f"without {key}": without(key) for key in ("tensors", "streams", "compressor")},
     "header is a list": [HONEST], "header is text": "tensors", "header is a number": 5, "header is null": None,
 }
 
@@ -403,72 +391,52 @@ def test_a_header_that_lies_is_refused(head, monkeypatch):
         unpack_artifact(data)
 
 
-def q_is(*shape, dtype="trellis"):
-    """Change the entry of the trellis tensor w.q in a header."""
-    return lambda head, streams: head.update(tensors=[
-        ["w.q", dtype, list(shape)] if entry[0] == "w.q" else entry for entry in head["tensors"]])
+def part_is(name, change):
+    """Change one of an artifact's plain tensors."""
+    return lambda plain: plain.update({name: change(plain[name])})
 
 
-def entry_is(name, *entry):
-    return lambda head, streams: head.update(tensors=[
-        list(entry) if other[0] == name else other for other in head["tensors"]])
-
-
-def stream_is(number, change, escapes=0):
-    """Change what a stream of the coder's holds: -4 frequencies, -3 escapes, -2 states, -1 words."""
-    def lie(head, streams):
-        squeezed = number in (-4, -3)
-        raw = change(brotli.decompress(streams[number]) if squeezed else streams[number])
-        streams[number] = brotli.compress(raw) if squeezed else raw
-        head["escapes"] += escapes
-    return lie
-
-
-def columns_of_fp16(head, streams):
-    entry_is("w.columns", "w.columns", "float16", [2, 9])(head, streams)
-    streams[0] = brotli.compress(brotli.decompress(streams[0]) + bytes(18))
+def code_is(name, change):
+    return part_is(f"code.{name}", change)
 
 
 TRELLIS_LIES = {
-    "another column": q_is(2, 70, 10), "one column": q_is(2, 70, 1), "another row": q_is(2, 71, 9),
-    "other matrices": q_is(1, 140, 9), "one matrix less": q_is(1, 70, 9), "two dimensions": q_is(140, 9),
-    "transposed": q_is(2, 9, 70), "four dimensions": q_is(2, 70, 9, 1), "many dimensions": q_is(2, 70, 9, *[1] * 70),
-    "no dimensions": q_is(), "one dimension": q_is(1260), "no rows": q_is(2, 0, 9), "no matrices": q_is(0, 70, 9),
-    "slow": q_is(2, 70, 2**20), "int8": q_is(2, 70, 9, dtype="int8"), "int32": q_is(2, 70, 9, dtype="int32"),
-    "another name": entry_is("w.q", "v.q", "trellis", [2, 70, 9]),
-    "no rows' exponents": entry_is("w.rows", "v.rows", "int8", [2, 70]),
-    "no columns' exponents": entry_is("w.columns", "v.columns", "int8", [2, 9]),
-    "rows of fp16": entry_is("w.rows", "w.rows", "float16", [2, 35]), "columns of fp16": columns_of_fp16,
-    "columns' order": entry_is("w.columns", "w.columns", "int8", [9, 2]),
-    "rows themselves a trellis": entry_is("w.rows", "w.rows", "trellis", [2, 70]),
-    "escapes, one more": lambda head, streams: head.update(escapes=head["escapes"] + 1),
-    "escapes, one less": lambda head, streams: head.update(escapes=head["escapes"] - 1),
-    "no escapes": lambda head, streams: head.update(escapes=0),
-    "an escape less": stream_is(-3, lambda raw: raw[:-4], -1),
-    "an escape more": stream_is(-3, lambda raw: raw + b"1234", 1),
-    "an escape per index and more": stream_is(-3, lambda raw: raw + bytes(4 * 1260), 1260),
-    "a lane more": stream_is(-2, lambda raw: raw + bytes(4)), "no lane": stream_is(-2, lambda raw: b""),
-    "a state of zero": stream_is(-2, lambda raw: bytes(4)), "the largest state": stream_is(-2, lambda raw: b"\xff" * 4),
-    "a word less": stream_is(-1, lambda raw: raw[:-2]), "a word more": stream_is(-1, lambda raw: raw + b"ab"),
-    "no words": stream_is(-1, lambda raw: b""), "half a word": stream_is(-1, lambda raw: raw[:-1]),
-    "another word": stream_is(-1, lambda raw: raw[:8] + b"ab" + raw[10:]),
-    "the words turned round": stream_is(-1, lambda raw: raw[::-1]),
-    "no frequencies": stream_is(-4, lambda raw: bytes(len(raw))),
-    "too high": stream_is(-4, lambda raw: b"\xff" * len(raw)),
-    "a frequency too high": stream_is(-4, lambda raw: bytes([raw[0] ^ 1]) + raw[1:]),
-    "a table less": stream_is(-4, lambda raw: raw[:-128]),
-    "no stream for the words": lambda head, streams: streams.pop(),
-    "a stream more": lambda head, streams: streams.append(b""), "no streams": lambda head, streams: streams.clear(),
+    "a column more": part_is("w.columns", lambda t: t[:, [0, *range(9)]]),
+    "a column less": part_is("w.columns", lambda t: t[:, 1:]),
+    "a row more": part_is("w.rows", lambda t: t[:, [0, *range(70)]]), "no rows": part_is("w.rows", lambda t: t[:, :0]),
+    "another row": part_is("w.rows", lambda t: t.roll(1, 1)),
+    "other columns": part_is("w.columns", lambda t: t.flip(1)),
+    "one matrix's rows": part_is("w.rows", lambda t: t[:1]),
+    "three matrices' rows": part_is("w.rows", lambda t: t[[0, 1, 1]]),
+    "rows of no dimension": part_is("w.rows", lambda t: t[0, 0]),
+    "no rows' exponents": lambda plain: plain.pop("w.rows"),
+    "no more indices than 2^62": lambda plain: plain.update({
+        "w.rows": torch.zeros(1, 1 << 15, dtype=torch.int8), "w.columns": torch.zeros(1, 1 << 16, dtype=torch.int8)}),
+    **{f"no {name}": lambda plain, name=name: plain.pop(f"code.{name}")
+       for name in ("tables", "escapes", "states", "words")},
+    **{f"empty {name}": code_is(name, lambda t: t[:0]) for name in ("tables", "escapes", "states", "words")},
+    **{f"{name} of fp32": code_is(name, lambda t: t.float()) for name in ("tables", "escapes", "states", "words")},
+    **{f"{name}, one less": code_is(name, lambda t: t[:-1]) for name in ("tables", "escapes", "states", "words")},
+    **{f"{name}, one more": code_is(name, lambda t: torch.cat((t, t[:1])))
+       for name in ("tables", "escapes", "states", "words")},
+    "a state of zero": code_is("states", torch.zeros_like), "the largest state": code_is("states", lambda t: t * 0 - 1),
+    "another word": code_is("words", lambda t: t ^ (torch.arange(len(t)) == 4)),
+    "the words turned round": code_is("words", lambda t: t.flip(0)),
+    "no frequencies": code_is("tables", torch.zeros_like), "negative": code_is("tables", lambda t: -t),
+    "too high": code_is("tables", lambda t: t * 2), "huge": code_is("tables", lambda t: t + 2**30),
+    "huge, but they add up": code_is("tables", lambda t: t ^ (-2**31 * (torch.arange(64) < 2)).int()),
+    "tables turned round": code_is("tables", lambda t: t.flip(1)),
 }
 
 
 @pytest.mark.parametrize("lie", [None, *TRELLIS_LIES.values()], ids=["honest", *TRELLIS_LIES])
 def test_a_trellis_that_lies_is_refused(lie):
-    head, streams = taken_apart(pack_artifact(trellis_tensors(), {}))
+    plain = train_gpt.encode_trellises(trellis_tensors())
     if lie:
-        lie(head, streams)
-    with pytest.raises(ArtifactError) if lie else contextlib.nullcontext():
-        unpack_artifact(craft(*joined(head, streams)))
+        lie(plain)
+    data = packed_as_it_stands(plain)
+    with little_memory(), pytest.raises(ArtifactError) if lie else contextlib.nullcontext():
+        unpack_artifact(data)
 
 
 @pytest.mark.parametrize("compressor", ["brotli", "lzma"])
@@ -509,16 +477,12 @@ def test_a_header_of_another_length_is_refused(head_bytes):
         unpack_artifact(craft(HONEST, STREAM, head_bytes=head_bytes))
 
 
-@pytest.mark.parametrize("where", ["header", "brotli", "lzma", "escapes"])
+@pytest.mark.parametrize("where", ["header", "brotli", "lzma"])
 def test_decompression_bombs_are_refused(where):
     packed = bomb("lzma" if where == "lzma" else "brotli")
     assert len(packed) < 1 << 18
-    if where == "escapes":
-        head, streams = taken_apart(pack_artifact(trellis_tensors(), {}))
-        data = craft(*joined({**head, "escapes": 160 << 18}, [*streams[:-3], packed, *streams[-2:]]))
-    else:
-        data = (craft(None, STREAM, packed) if where == "header" else
-                craft({**HONEST, "compressor": where, "streams": [len(packed)]}, packed))
+    data = (craft(None, STREAM, packed) if where == "header" else
+            craft({**HONEST, "compressor": where, "streams": [len(packed)]}, packed))
     with little_memory(), pytest.raises(ArtifactError):
         unpack_artifact(data)
 
@@ -586,54 +550,55 @@ def test_mutated_artifacts_are_refused_or_whole(rt):
     assert refused > 300
 
 
-def frequencies_moved(rng: random.Random, raw: bytes) -> bytes:
+def frequencies_moved(rng: random.Random, tables: torch.Tensor) -> torch.Tensor:
     """Frequency tables that still add up: some symbols' frequencies given to others of their context, or swapped."""
-    tables = np.ascontiguousarray(train_gpt.from_byte_planes(raw, 2)).view("<u2").reshape(-1, train_gpt.SYMBOLS).copy()
+    tables = tables.numpy().copy()
     for _ in range(rng.randint(1, 9)):
         table = tables[rng.choice(np.flatnonzero(tables.any(1)).tolist())]
         i, j = rng.choice(np.flatnonzero(table).tolist()), rng.randrange(len(table))
         part = rng.randint(1, int(table[i]))
         if i != j:
             table[i], table[j] = rng.choice([(table[i] - part, table[j] + part), (table[j], table[i])])
-    return train_gpt.byte_planes(tables)
+    return torch.from_numpy(tables)
+
+
+def bytes_mutated(rng: random.Random, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same dtype and, mostly, shape with mutated bytes."""
+    data = mutated(rng, tensor.numpy().tobytes())
+    if rng.random() < 0.8:
+        data = data[:tensor.nbytes].ljust(tensor.nbytes, b"\1")
+    values = torch.from_numpy(np.frombuffer(data[:len(data) // tensor.itemsize * tensor.itemsize],
+                                            tensor.numpy().dtype).copy())
+    return values.view(tensor.shape) if len(values) == tensor.numel() else values
 
 
 def fuzz_decoder(count: int) -> collections.Counter:
     """Mutate what the entropy decoder gets, behind checksum and compressor; returns the outcomes."""
     rng, outcomes = random.Random(0), collections.Counter()
-    tensors = {**trellis_tensors("w", (2, 66, 2)), **trellis_tensors("v", (1, 3, 5))}
-    head, streams = taken_apart(pack_artifact(tensors, {}))  # plain tensors, frequencies, escapes, states, words
-    good = [brotli.decompress(stream) for stream in streams[:-2]] + streams[-2:]
+    good = train_gpt.encode_trellises({**trellis_tensors("w", (2, 66, 2)), **trellis_tensors("v", (1, 3, 5))})
     for _ in range(count):
-        raw, lie = list(good), json.dumps(head).encode()
-        for part in set(rng.choices(range(6), (6, 6, 2, 2, 3, 1), k=2)):
-            if part == 5:
-                lie = mutated(rng, lie)
-            elif part == 1 and rng.random() < 0.9:
-                raw[1] = frequencies_moved(rng, raw[1])
+        plain = dict(good)
+        for name in rng.choices(list(good), k=2):
+            if name == "code.tables" and rng.random() < 0.9:
+                plain[name] = frequencies_moved(rng, good[name])
             else:
-                raw[part] = mutated(rng, raw[part])
-                if rng.random() < 0.8:
-                    raw[part] = raw[part][:len(good[part])].ljust(len(good[part]), b"\1")
-        packed = [brotli.compress(data, quality=1) for data in raw[:-2]] + raw[-2:]
-        with contextlib.suppress(ValueError, TypeError):  # the header's own lengths, as far as it can be read
-            lie = json.dumps(joined(json.loads(lie), packed)[0]).encode()
+                plain[name] = bytes_mutated(rng, good[name])
         try:
-            restored, read = unpack_artifact(craft(None, b"".join(packed), brotli.compress(lie, quality=1)))
+            restored, _ = unpack_artifact(packed_as_it_stands(plain))
         except ArtifactError as error:
-            outcomes[str(error)] += 1
+            outcomes[re.sub(r"\d+", "N", str(error))] += 1
         else:
             outcomes["read"] += 1
-            shapes = {name: tuple(shape) for name, _, shape in json.loads(lie)["tensors"]}
-            assert {name: tuple(tensor.shape) for name, tensor in restored.items()} == shapes
-            assert all(tensor.dtype == torch.int32 for name, tensor in restored.items() if name in ("w.q", "v.q"))
+            for name in ("w", "v"):
+                shape = (*restored[f"{name}.rows"].shape, restored[f"{name}.columns"].shape[-1])
+                assert restored[f"{name}.q"].shape == shape and restored[f"{name}.q"].dtype == torch.int32
     return outcomes
 
 
 def test_mutated_codes_are_refused_or_whole():
     outcomes = fuzz_decoder(300)
-    assert {"read", "the coded indices end too early", "the coded indices do not end where they should",
-            "the artifact has too few escapes", "a table of frequencies does not add up"} <= set(outcomes)
+    for said in ("read", "do not end where they should", "does not add up", "lanes does not fit", "could not be broad"):
+        assert any(said in outcome for outcome in outcomes), (said, outcomes)
 
 
 @pytest.mark.slow

@@ -343,9 +343,9 @@ def test_the_trellis_costs_less_than_row_scales(rt, monkeypatch):
         q, step, columns, rows = (tensors[f"{bank}.{part}"][i:i + 1] for part in ("q", "step", "columns", "rows"))
         restored = train_gpt.dequantize_trellis(q, step, columns)[0]
         odd = torch.from_numpy(trellis_integers(q.numpy()))[0] & 1
-        classes = torch.from_numpy(train_gpt.classes_of(rows, columns))[0]
+        contexts = torch.from_numpy(train_gpt.trellis_contexts({"w.rows": rows, "w.columns": columns}, "w"))[0]
         integers, scale = gptq_quantize(matrix, hessians[site], 4, 3.5)
-        bits = bits_of(q[0], 2 * classes + odd), bits_of(integers, torch.zeros_like(integers))
+        bits = bits_of(q[0], contexts + odd), bits_of(integers, torch.zeros_like(integers))
         errors = (weighted_error(matrix, restored, torch.ones(len(matrix)), hessians[site]),
                   weighted_error(matrix, integers, scale, hessians[site]))
         assert abs(bits[0] - bits[1]) < 1 and errors[0] * 4 ** bits[0] < 0.3 * errors[1] * 4 ** bits[1]
