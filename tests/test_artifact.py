@@ -837,10 +837,14 @@ def test_the_artifact_fills_its_target(rt, bytes_at, target):
     assert same(unpack_artifact(artifact)[0]["noise"], quantizer.quantize(-3.0 - quantizer.bits[-1])["noise"])
 
 
-def test_a_byte_too_many_is_too_many(rt, monkeypatch):
-    sizes = iter([8001, 7000, 8001, 8000])
-    monkeypatch.setattr(train_gpt, "pack_artifact", lambda tensors, header: bytes(next(sizes)))
-    assert len(train_gpt.fit_artifact(tiny_config(), rt, FakeQuantizer(SIZES["as expected"]), 8000)) == 8000
+@pytest.mark.parametrize("sizes, best", [([8001, 7000, 8001, 8000], 8000),
+                                         ([7000, 8001, 7990, 8002, 7980, 8001] * 2, 7990)])
+def test_a_byte_too_many_is_too_many(rt, monkeypatch, sizes, best):
+    """Of a dozen tries the longest that fits is taken, whatever came after it."""
+    left = iter(sizes)
+    monkeypatch.setattr(train_gpt, "pack_artifact", lambda tensors, header: bytes(next(left)))
+    assert len(train_gpt.fit_artifact(tiny_config(), rt, FakeQuantizer(SIZES["as expected"]), 8000)) == best
+    assert list(left) == []
 
 
 def test_ranks_agree_on_the_fit(rt):
