@@ -203,7 +203,7 @@ def with_sides(indices: np.ndarray, rows, columns) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1), (3, 130, 3), (1, 64, 20)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1), (3, 130, 3)], ids=str)
 def test_indices_come_back_whatever_they_are(kind, shape):
     rng = np.random.default_rng(1)  # classes far beyond those there are, on both sides
     indices = drawn(kind, math.prod(shape)).reshape(shape)
@@ -462,9 +462,14 @@ TRELLIS_LIES = {
 }
 
 
+@pytest.fixture(scope="module")
+def trellis_artifact() -> bytes:
+    return pack_artifact(trellis_tensors(), {})
+
+
 @pytest.mark.parametrize("lie", [None, *TRELLIS_LIES.values()], ids=["honest", *TRELLIS_LIES])
-def test_a_trellis_that_lies_is_refused(lie):
-    head, streams = taken_apart(pack_artifact(trellis_tensors(), {}))
+def test_a_trellis_that_lies_is_refused(lie, trellis_artifact):
+    head, streams = taken_apart(trellis_artifact)
     if lie:
         lie(head, streams)
     with pytest.raises(ArtifactError) if lie else contextlib.nullcontext():
@@ -631,7 +636,7 @@ def fuzz_decoder(count: int) -> collections.Counter:
 
 
 def test_mutated_codes_are_refused_or_whole():
-    outcomes = fuzz_decoder(300)
+    outcomes = fuzz_decoder(200)
     assert {"read", "the coded indices end too early", "the coded indices do not end where they should",
             "the artifact has too few escapes", "a table of frequencies does not add up"} <= set(outcomes)
 
