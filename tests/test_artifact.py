@@ -93,7 +93,7 @@ def little_memory(mebibytes: int = 100):
 # --- round trip -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("piece_bytes", [4 << 20, 100])
+@pytest.mark.parametrize("piece_bytes", [4 << 20, 1000])
 @pytest.mark.parametrize("compressor", ["brotli", "lzma"])
 def test_round_trip(compressor, piece_bytes, monkeypatch):
     monkeypatch.setattr(train_gpt, "PIECE_BYTES", piece_bytes)  # many streams, cut anywhere
@@ -189,7 +189,7 @@ def with_sides(indices: np.ndarray, rows, columns) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1), (3, 130, 3), (1, 64, 20)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 2, 1), (3, 130, 3)], ids=str)
 def test_indices_come_back_whatever_they_are(kind, shape):
     rng = np.random.default_rng(1)  # classes far beyond those there are, on both sides
     indices = drawn(kind, math.prod(shape)).reshape(shape)
@@ -596,7 +596,7 @@ def fuzz_decoder(count: int) -> collections.Counter:
 
 
 def test_mutated_codes_are_refused_or_whole():
-    outcomes = fuzz_decoder(300)
+    outcomes = fuzz_decoder(200)
     for said in ("read", "do not end where they should", "does not add up", "lanes does not fit", "could not be broad"):
         assert any(said in outcome for outcome in outcomes), (said, outcomes)
 
@@ -802,10 +802,14 @@ def test_the_artifact_fills_its_target(rt, bytes_at, target):
     assert same(unpack_artifact(artifact)[0]["noise"], quantizer.quantize(-3.0 - quantizer.bits[-1])["noise"])
 
 
-def test_a_byte_too_many_is_too_many(rt, monkeypatch):
-    sizes = iter([8001, 7000, 8001, 8000])
-    monkeypatch.setattr(train_gpt, "pack_artifact", lambda tensors, header: bytes(next(sizes)))
-    assert len(train_gpt.fit_artifact(tiny_config(), rt, FakeQuantizer(SIZES["as expected"]), 8000)) == 8000
+@pytest.mark.parametrize("sizes, best", [([8001, 7000, 8001, 8000], 8000),
+                                         ([7000, 8001, 7990, 8002, 7980, 8001] * 2, 7990)])
+def test_a_byte_too_many_is_too_many(rt, monkeypatch, sizes, best):
+    """Of a dozen tries the longest that fits is taken, whatever came after it."""
+    left = iter(sizes)
+    monkeypatch.setattr(train_gpt, "pack_artifact", lambda tensors, header: bytes(next(left)))
+    assert len(train_gpt.fit_artifact(tiny_config(), rt, FakeQuantizer(SIZES["as expected"]), 8000)) == best
+    assert list(left) == []
 
 
 def test_ranks_agree_on_the_fit(rt):
