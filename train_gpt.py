@@ -378,7 +378,7 @@ class Runtime:
         """Join the process group (NCCL on CUDA, gloo on CPU) and open the log on rank 0."""
         env = os.environ
         self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank, self.local_world = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
+        self.local_rank = int(env.get("LOCAL_RANK", 0))
         on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         if on_gpu and not torch.cuda.is_available():
             raise UsageError("DEVICE=cuda, but PyTorch sees no GPU; DEVICE=cpu runs without one")
@@ -443,10 +443,6 @@ class Runtime:
         """This rank's contiguous share of `items`; the shares of all ranks are disjoint and cover them."""
         return range(items * self.rank // self.world, items * (self.rank + 1) // self.world)
 
-    def nodes_share(self, items: int) -> range:
-        """This rank's share of `items` that the ranks of every node go through: each node has its own files."""
-        return range(self.local_rank, items, self.local_world)
-
     def broadcast_bytes(self, data: bytes | None) -> bytes:
         """Give every rank rank 0's bytes (the others pass None): nodes need no shared file system."""
         size = torch.tensor([len(data) if self.main else 0], device=self.device)
@@ -470,17 +466,8 @@ class Runtime:
         if any(problems):
             raise UsageError(next(filter(None, problems)))
 
-    def joined(self, what: str, mine: dict[int, str]) -> list[str]:
-        """Join what the ranks found out, each on its share; raise UsageError if two nodes found something else."""
-        parts: list[dict[int, str]] = [{}] * self.world
-        dist.all_gather_object(parts, mine)
-        whole = {index: value for part in parts for index, value in part.items()}
-        if any(whole[index] != value for part in parts for index, value in part.items()):
-            raise UsageError(f"the nodes have other {what}")
-        return [whole[index] for index in sorted(whole)]
-
     def check_alike(self, what: str, value: object):
-        """Raise UsageError on every rank unless all have the same value: nodes have folders of their own."""
+        """Raise UsageError on every rank unless all have the same value: they may be told different things."""
         values: list[object] = [None] * self.world
         dist.all_gather_object(values, value)
         different = [rank for rank in range(self.world) if values[rank] != values[0]]
@@ -667,14 +654,12 @@ class TrainData:
         # Static shapes: every micro-batch is the same share of a rank's sequences, as large as the memory bound allows.
         self.micro_sequences = max(n for n in range(1, per_rank + 1)
                                    if per_rank % n == 0 and (n == 1 or n * self.seq_len <= rt.micro_batch_tokens))
-        files = shard_files(config, "train")
-        self.shards = [open_shard(path) for path in files]
-        digests: dict[int, str] = {}
-        with rt.agree():  # the ranks share the reading, which also warms the page cache
-            for index in rt.nodes_share(len(files)):
-                check_tokens(files[index], self.shards[index], config.vocab_size)
-                digests[index] = sha256(self.shards[index])
-        self.sha256 = sha256("".join(rt.joined("training shards", digests)).encode())
+        with rt.agree():  # every rank reads all it may train on: what it is told of nodes and folders need not be true
+            files = shard_files(config, "train")
+            self.shards = [open_shard(path) for path in files]
+            for path, shard in zip(files, self.shards):
+                check_tokens(path, shard, config.vocab_size)
+            self.sha256 = sha256("".join(map(sha256, self.shards)).encode())
         # One window less than fits, unless that leaves none, so that any phase below seq_len has as many windows.
         counts = [max((n - self.seq_len) // self.seq_len, int(n > self.seq_len)) for n in map(len, self.shards)]
         self.first_window = np.cumsum([0, *counts])
@@ -2316,7 +2301,7 @@ def check_held_out(record: Record, val: ValidationData, data: TrainData):
     """See how much of the validation split stands in the training shards: the web repeats itself, but not by 10%."""
     keys = passage_keys(val.tokens.cpu().numpy())
     found = torch.zeros(len(keys), device=record.rt.device)
-    for index in record.rt.nodes_share(len(data.shards)):
+    for index in record.rt.share(len(data.shards)):  # each rank has the same
         found += torch.from_numpy(np.isin(keys, passage_keys(data.shards[index]))).to(found)
     record.rt.all_reduce(found)
     copied = int((found > 0).sum())
@@ -2827,7 +2812,7 @@ def run_training(config: Config, rt: Runtime):
             write_embedded_corpus(config)
     sp = load_tokenizer(config)
     val, data = ValidationData(config, rt, sp), TrainData(config, rt)
-    rt.check_alike("training shards", [len(shard) for shard in data.shards])
+    rt.check_alike("training shards", data.sha256)
     with begin(config, rt, val) as record:
         check_split(record, config, val, sp)
         record.set(train_sha256=data.sha256)
