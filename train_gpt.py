@@ -38,6 +38,7 @@ import json
 import keyword
 import lzma
 import math
+import operator
 import os
 import platform
 import random
@@ -655,9 +656,9 @@ class TrainData:
         self.micro_sequences = max(n for n in range(1, per_rank + 1)
                                    if per_rank % n == 0 and (n == 1 or n * self.seq_len <= rt.micro_batch_tokens))
         with rt.agree():  # every rank reads all it may train on: what it is told of nodes and folders need not be true
-            files = shard_files(config, "train")
-            self.shards = [open_shard(path) for path in files]
-            for path, shard in zip(files, self.shards):
+            self.files = shard_files(config, "train")
+            self.opened, self.shards = self.stamps(), [open_shard(path) for path in self.files]
+            for path, shard in zip(self.files, self.shards):
                 check_tokens(path, shard, config.vocab_size)
             self.sha256 = sha256("".join(map(sha256, self.shards)).encode())
         # One window less than fits, unless that leaves none, so that any phase below seq_len has as many windows.
@@ -670,6 +671,10 @@ class TrainData:
         chosen = (torch.cuda.set_device, (rt.device,)) if rt.device.type == "cuda" else (None, ())
         self.worker = ThreadPoolExecutor(1, "loader", *chosen)
         self.pending = (None, None)
+
+    def stamps(self) -> list[tuple[int, int]]:
+        """Inode and time of the last change (ns; nobody can set it) of each shard's file."""
+        return [(s.st_ino, s.st_ctime_ns) for s in map(os.stat, self.files)]
 
     def in_order(self, stream: int) -> TrainData:
         """Return the same windows in an independent order (0 is training's, 1 calibration's)."""
@@ -2309,6 +2314,13 @@ def check_held_out(record: Record, val: ValidationData, data: TrainData):
                  f"{copied} of {len(keys)} passages of the split stand in the training shards")
 
 
+def check_unchanged(record: Record, data: TrainData):
+    """See that what was trained on is what was hashed: shards are mapped into memory, and a new content shows there."""
+    changed = torch.tensor(sum(map(operator.ne, data.opened, data.stamps())), device=record.rt.device)
+    record.rt.all_reduce(changed)
+    record.check("shards_unchanged", not changed, f"{changed} training shards were changed during the run")
+
+
 @torch.no_grad()
 def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, val: ValidationData):
     """Show on the spot, through the scoring functions themselves, that a score is causal and normalized."""
@@ -2832,6 +2844,7 @@ def run_training(config: Config, rt: Runtime):
                        tokens_per_second=round(result.steps * config.train_batch_tokens / result.seconds))
             record.stage("prequant", "pre-quantization post-ema", validate("prequant"))
             artifact = make_artifact(config, rt, record, model, data.in_order(1))
+            check_unchanged(record, data)
         except RunStopped:
             write_output(config, rt, "stopped_model.pt", weights_file(model))
             raise

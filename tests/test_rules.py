@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -709,7 +710,7 @@ def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, 
         assert f"check {check}: FAILED" in capsys.readouterr().out
     else:
         assert not failed(record) and record["compliant"]
-        assert len(record["checks"]) == 14
+        assert len(record["checks"]) == 15
     assert all(record[stage]["val_bpb"] > 0 for stage in ("prequant", "quantized", "sliding", "ttt"))
 
 
@@ -741,6 +742,25 @@ def test_a_copy_of_the_split_among_the_training_shards_is_noticed(corpus, tmp_pa
     train_gpt.write_shard(config.shard_dir / "fineweb_train_000001.bin", copied[copied != 1] if stripped else copied)
     record = tiny_run(tmp_path, data, rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, ITERATIONS=1)
     assert failed(record) == {"held_out"} and not record["compliant"]
+
+
+@pytest.mark.parametrize("stage", ["train", "make_artifact"])
+def test_a_shard_that_changes_during_the_run_is_noticed(stage, corpus, tmp_path, rt):
+    """Shards are mapped into memory: tokens that somebody writes there after the checks are trained on."""
+    data = tmp_path / "data"
+    shutil.copytree(corpus[0], data)
+    path, = train_gpt.shard_files(tiny_run_config(data, data), "train")
+    stat, honest = path.stat(), getattr(train_gpt, stage)
+
+    def overwritten(*args):
+        with path.open("r+b") as file:
+            file.seek(2000)
+            file.write(b"\7\0" * 1000)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        return honest(*args)
+    with patched(train_gpt, stage, overwritten):
+        record = tiny_run(tmp_path, data, rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, ITERATIONS=1)
+    assert failed(record) == {"shards_unchanged"} and not record["compliant"]
 
 
 def test_scores_that_are_no_numbers_are_not_compliant(corpus, tmp_path, rt):
