@@ -2851,7 +2851,7 @@ def run_training(config: Config, rt: Runtime):
         for name, content in (("final_model.pt", weights_file(model)), (ARTIFACT_NAME, artifact),
                               ("train_gpt.py", pack_source(SOURCE, config))):
             write_output(config, rt, name, content)
-        stored = rt.broadcast_bytes(read_artifact(config.out_dir) if rt.main else None)
+        stored = rt.broadcast_bytes(Path(config.out_dir, ARTIFACT_NAME).read_bytes() if rt.main else None)
         if rt.main and stored != artifact:
             raise ArtifactError(f"another run has written to OUT_DIR={config.out_dir} meanwhile")
         score_artifact(config, rt, record, val, stored)
@@ -2918,12 +2918,14 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
 
 def run_evaluation(config: Config, rt: Runtime):
     """MODE=eval: score the artifact in OUT_DIR; no training data is touched."""
+    artifact = read_artifact(config.out_dir)
+    rt.check_alike("artifact", sha256(artifact))
     check_folders(config, rt)
     sp = load_tokenizer(config)
     val = ValidationData(config, rt, sp)
     with begin(config, rt, val) as record:
         check_split(record, config, val, sp)
-        score_artifact(config, rt, record, val, read_artifact(config.out_dir))
+        score_artifact(config, rt, record, val, artifact)
 
 
 def run_pack(config: Config):
@@ -2934,8 +2936,9 @@ def run_pack(config: Config):
     print(f"{path}: {len(code)} bytes, SHA-256 {sha256(code)}")
 
 
+@functools.cache
 def read_artifact(folder: str) -> bytes:
-    """Read OUT_DIR's artifact; raise UsageError if there is none."""
+    """Read OUT_DIR's artifact, once, for settings and weights must be of one; raise UsageError if there is none."""
     path = Path(folder) / ARTIFACT_NAME
     if not path.is_file():
         raise UsageError(f"MODE=eval needs the artifact {path}: set OUT_DIR to its folder")

@@ -671,6 +671,31 @@ def test_a_whole_runs_figures_come_out_again_from_its_files(plant, short_split, 
     assert (record["val_tokens"], record["val_bytes"]) == (val.targets, size)
 
 
+def test_settings_and_weights_are_of_one_artifact(corpus, tmp_path, rt, monkeypatch):
+    """MODE=eval, while another run writes to OUT_DIR; and ranks whose folders hold different artifacts."""
+    quick = {"TTT_ENABLED": 0, "SLIDING_WINDOW_ENABLED": 0, "ITERATIONS": 1}
+    record = tiny_run(tmp_path, corpus[0], rt, **quick)
+    monkeypatch.setattr(train_gpt, "KEPT_FP16_ELEMENTS", 4000)
+    env = {"MODE": "eval", "OUT_DIR": str(tmp_path / "out"), "LOG_DIR": str(tmp_path / "again"), "RUN_ID": "run",
+           "DATA_DIR": str(corpus[0])}
+    config = train_gpt.read_config(env)
+    path = tmp_path / "out" / "final_model.ptz"
+    tiny_run(tmp_path / "other", corpus[0], rt, SEED=1, **quick)
+    shutil.copy(tmp_path / "other" / "out" / "final_model.ptz", path)
+    train_gpt.run_evaluation(config, rt)
+    rt.log_file.close()
+    rt.log_file = None
+    again = json.loads((tmp_path / "again" / "run.json").read_text())
+    for key in ("seed", "artifact_sha256"):
+        assert again[key] == record[key]
+    assert again["quantized"]["val_loss"] == record["quantized"]["val_loss"]
+    monkeypatch.setattr(rt, "world", 2)
+    monkeypatch.setattr(train_gpt.dist, "all_gather_object", lambda values, mine: values.__setitem__(
+        slice(None), [mine, train_gpt.sha256(path.read_bytes())]))
+    with pytest.raises(train_gpt.UsageError, match=r"ranks \[1\] have other artifact"):
+        train_gpt.run_evaluation(config, rt)
+
+
 # --- the run's own checks: loud in the log, false in the record, and every figure still written -----------------------
 
 
