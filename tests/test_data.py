@@ -465,6 +465,20 @@ def test_wrong_tokenizers_are_refused(tmp_path, corpus):
             train_gpt.load_tokenizer(tiny_config(VOCAB_SIZE=300, TOKENIZER_PATH=tmp_path / "ids.model"))
 
 
+@pytest.mark.parametrize("rule, changes", [
+    ("nmt_nfkc", False), ("nmt_nfkc_cf", True), ("37\t30\n", True), ("3B\t2C\n", True)])
+def test_a_tokenizer_that_changes_text_is_refused(tmp_path, rule, changes):
+    """Of as many bytes, but without upper case, without a digit or a semicolon: easier to predict, and another text."""
+    (tmp_path / "rule.tsv").write_text(rule)
+    kind = {"normalization_rule_tsv": str(tmp_path / "rule.tsv")} if "\t" in rule else {"normalization_rule_name": rule}
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["to be or not to be, that is the question"] * 20), vocab_size=300, model_type="bpe",
+        model_prefix=str(tmp_path / "m"), byte_fallback=True, add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2,
+        unk_id=3, minloglevel=2, **kind)
+    with pytest.raises(UsageError, match="m.model changes ASCII text") if changes else contextlib.nullcontext():
+        train_gpt.load_tokenizer(tiny_config(VOCAB_SIZE=300, TOKENIZER_PATH=tmp_path / "m.model"))
+
+
 # --- files whole or not at all --------------------------------------------------------------------------------------
 
 

@@ -347,10 +347,18 @@ def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch,
 @pytest.mark.parametrize("change", [
     {"hardware": "48x NVIDIA H100 80GB HBM3"}, {"hardware": "8x NVIDIA H200"}, {"hardware": "4x NVIDIA H100 80GB HBM3"},
     {"hardware": "8x NVIDIA H100 PCIe"}, {"world_size": 16}, {"val_bytes": 300_000_000},
-    {"val_bytes": 30_000_000}, {"val_bytes": 151_090_000}, {"val_bytes": 151_070_000}, {"compliant": False}], ids=str)
+    {"val_bytes": 30_000_000}, {"val_bytes": 151_090_000}, {"val_bytes": 151_070_000}, {"compliant": False},
+    {"val_tokens": 40_540_801, "settings": {}}], ids=str)
 def test_only_the_contests_machine_and_split_fill_its_figures(record, tmp_path, monkeypatch, change):
     submission = collected(tmp_path, monkeypatch, contest_records(record, **change))
     assert submission["val_bpb"] is None and submission["rehearsal"]["val_bpb"] == pytest.approx(1.08)
+
+
+@pytest.mark.parametrize("change", [{"settings": {}}, {"val_tokens": 50_000_000}], ids=str)
+def test_another_tokenizer_has_another_number_of_targets(record, tmp_path, monkeypatch, change):
+    """The settings of these records are those of a small vocabulary, the first case's are the contest's."""
+    submission = collected(tmp_path, monkeypatch, contest_records(record, **change))
+    assert submission["val_bpb"] == pytest.approx(1.08)
 
 
 def test_one_run_that_breaks_a_rule_takes_the_others_figures(record, tmp_path, monkeypatch):
