@@ -2306,15 +2306,19 @@ def passage_keys(tokens: np.ndarray) -> np.ndarray:
 
 
 def check_held_out(record: Record, val: ValidationData, data: TrainData):
-    """See how much of the validation split stands in the training shards: the web repeats itself, but not by 10%."""
+    """See how much of the validation split stands in the training shards: the web repeats itself, but not by 10%.
+
+    A passage must lie within a shard to be seen, and so none may be short.
+    """
     keys = passage_keys(val.tokens.cpu().numpy())
     found = torch.zeros(len(keys), device=record.rt.device)
     for index in record.rt.share(len(data.shards)):  # each rank has the same
         found += torch.from_numpy(np.isin(keys, passage_keys(data.shards[index]))).to(found)
     record.rt.all_reduce(found)
-    copied = int((found > 0).sum())
-    record.check("held_out", copied <= 0.1 * len(keys),
-                 f"{copied} of {len(keys)} passages of the split stand in the training shards")
+    copied, shortest = int((found > 0).sum()), min(map(len, data.shards))
+    record.check("held_out", copied <= 0.1 * len(keys) and shortest >= 1024,
+                 f"{copied} of {len(keys)} passages of the split stand in the training shards, the shortest of which "
+                 f"has {shortest} tokens")
 
 
 def check_unchanged(record: Record, data: TrainData):

@@ -756,15 +756,17 @@ def test_all_from_the_artifact_on_counts_as_evaluation_time(corpus, tmp_path, rt
     assert record["eval_seconds"] >= 2 and failed(record) == {"eval_seconds"}
 
 
-@pytest.mark.parametrize("stripped", [False, True])
-def test_a_copy_of_the_split_among_the_training_shards_is_noticed(corpus, tmp_path, rt, stripped):
-    """Training on the validation split by way of the data folder, documents' beginnings taken out or not."""
+@pytest.mark.parametrize("stripped, shard_tokens", [(False, 10**6), (True, 10**6), (False, 70), (False, 33)])
+def test_a_copy_of_the_split_among_the_training_shards_is_noticed(corpus, tmp_path, rt, stripped, shard_tokens):
+    """By way of the data folder; documents' beginnings taken out, or cut into shards that hold hardly a passage."""
     data = tmp_path / "data"
     shutil.copytree(corpus[0], data)
     config = tiny_run_config(data, data)
     copied = np.array(train_gpt.open_shard(train_gpt.shard_files(config, "val")[0]))
     copied = copied[len(copied) // 2:]
-    train_gpt.write_shard(config.shard_dir / "fineweb_train_000001.bin", copied[copied != 1] if stripped else copied)
+    copied = copied[copied != 1] if stripped else copied
+    for i, begin in enumerate(range(0, len(copied) - 1, shard_tokens)):
+        train_gpt.write_shard(config.shard_dir / f"fineweb_train_{i + 1:06d}.bin", copied[begin:begin + shard_tokens])
     record = tiny_run(tmp_path, data, rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, ITERATIONS=1)
     assert failed(record) == {"held_out"} and not record["compliant"]
 
