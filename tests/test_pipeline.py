@@ -145,19 +145,23 @@ def test_bad_input_ends_in_one_message_before_any_work(tmp_path, ranks, env, mes
     assert "train_loss" not in done.stdout and not (tmp_path / "logs").exists()
 
 
-OWN_SEED = """
+OWN_VARIABLE = """
 import os, runpy, sys
-os.environ["SEED"] = os.environ["RANK"]
+os.environ[sys.argv[2]] = os.environ["RANK"]
 runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
-def test_ranks_that_are_told_different_things_are_refused(runs, tmp_path):
-    """Nodes have variables and folders of their own: settings, code, splits and shards are compared."""
-    shutil.copytree(runs[0].folder / "out" / "smoke_data", tmp_path / "out" / "smoke_data")
-    (tmp_path / "own_seed.py").write_text(OWN_SEED)
-    done = torchrun(2, "own_seed.py", str(ROOT / "train_gpt.py"), cwd=tmp_path, env=SMALL)
-    assert done.returncode != 0 and "ranks [1] have other settings: " in done.stderr, done.stderr
+@pytest.mark.parametrize("name, what", [("SEED", "settings"), ("DATA_DIR", "training shards")])
+def test_ranks_that_are_told_different_things_are_refused(runs, tmp_path, name, what):
+    """Each has variables and folders of its own: a seed, and shards of which one token differs."""
+    for rank in "01":
+        shutil.copytree(runs[0].folder / "out" / "smoke_data", tmp_path / rank)
+    shard, = (tmp_path / "1").rglob("fineweb_train*")
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\7\0")
+    (tmp_path / "own.py").write_text(OWN_VARIABLE)
+    done = torchrun(2, "own.py", str(ROOT / "train_gpt.py"), name, cwd=tmp_path, env={**SMALL, "DATA_DIR": "0"})
+    assert done.returncode != 0 and f"ranks [1] have other {what}: " in done.stderr, done.stderr
     assert "train_loss" not in done.stdout
 
 
