@@ -143,7 +143,7 @@ class Config:
 
     iterations: int = _optim(20000, "optimizer steps at most", 1, 10**9)
     max_wallclock_seconds: float = _optim(600.0, "budget up to the finished artifact; 0: ITERATIONS decide", 0, 10**6)
-    gptq_reserve_seconds: float = _optim(30.0, "part of the budget left to calibration, GPTQ and packing", 0, 10**6)
+    gptq_reserve_seconds: float = _optim(60.0, "part of the budget left to calibration, GPTQ and packing", 0, 10**6)
     warmup_steps: int = _optim(20, "steps that compile each looping state; their effect is thrown away", 0, 1000)
     train_log_every: int = _optim(500, "steps between two log lines (at most 30 s pass)", 1, 10**9)
     val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only after the last", 0, 10**9)
@@ -1412,9 +1412,9 @@ def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -
 def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainData) -> dict[str, Tensor]:
     """How much an error at a matrix product's outputs costs: {site: scalar fp32}.
 
-    The mean over training tokens and outputs of the squared gradient of a token's loss, summed over a site's visits: by
-    the Fisher information, an error E of a matrix costs about sensitivity / 2 * tr(E H E^T) nats per token. Measured on
-    one in 16 of calibration's batches.
+    The mean over training tokens and outputs of the squared gradient of the sequence's loss (nats, a sum) at a token's
+    output, summed over a site's visits: by the Fisher information, an error E of a matrix costs about
+    sensitivity / 2 * tr(E H E^T) nats per token. Measured on one in 16 of calibration's batches.
     """
     sums: dict[str, Tensor] = {}
 
@@ -1607,6 +1607,7 @@ class TrellisQuantizer:
     Rate allocation by reverse water-filling: errors cost sensitivity * error^2 / diagonal(U)^2 at every entry, U being
     GPTQ's factor, so every column's step is in proportion to diagonal(U) / sqrt(sensitivity) (the columns' part is
     WaterSIC's, arXiv 2603.04956), and the bits follow from the weights' spread. The ranks share each bank's matrices.
+    Columns come one after another and a path's entries, too: so many small operations are faster on the CPU.
     """
 
     def __init__(self, config: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
@@ -1617,19 +1618,19 @@ class TrellisQuantizer:
             if p.numel() <= KEPT_FP16_ELEMENTS:
                 self.small[name] = p.detach().half().cpu()
                 continue
-            weight, share = p.detach().view(-1, *p.shape[-2:]), rt.share(len(sites[name]))
+            weight, share = p.detach().view(-1, *p.shape[-2:]).cpu(), rt.share(len(sites[name]))
             names = [sites[name][i] for i in share] or sites[name][:1]  # a rank without a share: one, for the shapes
-            factor = error_factor(torch.stack([hessians[site] for site in names]))
+            factor = ErrorFactor(*(t.cpu() for t in error_factor(torch.stack([hessians[site] for site in names]))))
             diagonal = factor.upper.diagonal(dim1=-2, dim2=-1).log2()
             diagonal = torch.empty_like(diagonal).scatter_(-1, factor.order, diagonal)
             level = diagonal.mean(-1)
             columns = (STEPS_PER_OCTAVE * (diagonal - level[:, None])).round_().clamp_(-128, 127).to(torch.int8)
-            level -= torch.stack([sensitivities[site] for site in names]).clamp_min(1e-30).log2() / 2
-            self.parts.append((name, p.shape, weight, share, factor, columns, level))
+            level -= torch.stack([sensitivities[site] for site in names]).cpu().clamp_min(1e-30).log2() / 2
+            self.parts.append((name, weight, share, factor, columns, level))
             spread = weight.std(-1)[share.start:share.stop].clamp_min(1e-12).log2()
             own.append(torch.stack([spread.sum() - (level[:len(share), None].expand_as(spread)).sum(),
-                                    torch.tensor(float(spread.numel()), device=spread.device)]) * weight.size(-1))
-        total = torch.stack(own).sum(0)
+                                    torch.tensor(float(spread.numel()))]) * weight.size(-1))
+        total = torch.stack(own).sum(0).to(rt.device)
         rt.all_reduce(total)
         self.weights = int(total[1])
         self.mean_spread = float(total[0] / total[1])
@@ -1647,9 +1648,9 @@ class TrellisQuantizer:
         rows' spreads in steps, for the coder); a small one stays P (fp16).
         """
         tensors, progress = dict(self.small), Progress(self.rt, "trellis", self.weights)
-        for name, _, weight, share, factor, columns, level in self.parts:
-            q = torch.zeros(weight.shape, dtype=torch.int32, device=weight.device)
-            side = [torch.zeros(len(weight), n, device=weight.device) for n in (1, weight.size(2), weight.size(1))]
+        for name, weight, share, factor, columns, level in self.parts:
+            q = torch.zeros(weight.shape, dtype=torch.int32)
+            side = [torch.zeros(len(weight), n) for n in (1, weight.size(2), weight.size(1))]
             if share:
                 mine, own = slice(share.start, share.stop), weight[share.start:share.stop]
                 step = torch.exp2(level + price)
@@ -1657,12 +1658,12 @@ class TrellisQuantizer:
                 rows = STEPS_PER_OCTAVE * (own.std(-1).clamp_min(1e-30).log2() - step.log2()[:, None])
                 for whole, part in zip(side, (step[:, None], columns, rows.round().clamp(-128, 127))):
                     whole[mine] = part.float()
-            for whole in (q, *side):
+            shared = [whole.to(self.rt.device) for whole in (q, *side)]
+            for whole in shared:
                 self.rt.all_reduce(whole)
-            step, columns, rows = side
-            tensors |= {f"{name}.q": torch.from_numpy(trellis_indices(q.cpu().numpy())),
-                        f"{name}.step": step[:, 0].cpu(), f"{name}.columns": columns.to(torch.int8).cpu(),
-                        f"{name}.rows": rows.to(torch.int8).cpu()}
+            q, step, columns, rows = (whole.cpu() for whole in shared)
+            tensors |= {f"{name}.q": torch.from_numpy(trellis_indices(q.numpy())), f"{name}.step": step[:, 0],
+                        f"{name}.columns": columns.to(torch.int8), f"{name}.rows": rows.to(torch.int8)}
             progress.at(q.numel())
         return tensors
 
@@ -1988,37 +1989,37 @@ def artifact_header(config: Config) -> dict[str, object]:
     return {"settings": settings, "compressor": config.compressor}
 
 
-def fit_artifact(config: Config, rt: Runtime, quantizer: TrellisQuantizer, most_bytes: int) -> bytes | None:
-    """Make the artifact that comes nearest to `most_bytes` from below; the bytes are rank 0's, None elsewhere.
+def fit_artifact(config: Config, rt: Runtime, quantizer: TrellisQuantizer, most_bytes: int) -> bytes:
+    """Make the artifact that comes nearest to `most_bytes` from below; the bytes are rank 0's, others get none.
 
     The sizes are those of whole artifacts, and a step twice as coarse saves a bit per weight: a few secant steps on the
     common price of all steps are enough. Raises RunStopped if even the coarsest steps take too much.
     """
     aim, finest = most_bytes * (1 - 2.5e-4), quantizer.price_of(MOST_BITS)
-    price, best, tried = quantizer.price_of(min(8 * aim / quantizer.weights, MOST_BITS)), b"", []
+    price, best, tried = quantizer.price_of(min(8 * aim / quantizer.weights, MOST_BITS)), None, []
     for _ in range(12):
         tensors = quantizer.quantize(price)
         artifact = pack_artifact(tensors, artifact_header(config)) if rt.main else b""
         shared = torch.tensor([len(artifact)], device=rt.device)
         rt.all_reduce(shared)
-        size, slope = int(shared), -quantizer.weights / 8
+        size, slope = int(shared), -0.93 * quantizer.weights / 8  # some weights have no bit left to save
         rt.log(f"fit: steps of 2^{price:.4f} make {size} of {most_bytes} bytes")
         if size <= most_bytes:
-            best = max(best, artifact, key=len)
+            best = artifact if best is None else max(best, artifact, key=len)
             if size >= most_bytes * (1 - 5e-4) or price <= finest:
-                return best or None
+                return best
         if tried:
             secant = (size - tried[-1][1]) / (price - tried[-1][0])
-            slope = min(max(secant, 1.2 * slope), 0.02 * slope)  # fewer bits are saved where weights have none left
+            slope = min(max(secant, 1.3 * slope), 0.02 * slope)
         tried.append((price, size))
         # 16 octaves more leave nothing but zeros, and fp32's range is far yet
         price = min(max(price + (aim - size) / slope, finest), finest + 16)
         if price == tried[-1][0]:
             break
-    if rt.main and not best:
+    if best is None:
         raise RunStopped(f"TARGET_BYTES={config.target_bytes} cannot be reached: the coarsest steps make {size} bytes "
                          f"where {most_bytes} are left beside the code", 1)
-    return best or None
+    return best
 
 
 def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tensor]) -> GPT:
