@@ -673,12 +673,23 @@ def documents_begin_free():
     return patched(Scores, "finish", finish)
 
 
-def better_than_it_says():
-    honest = train_gpt.score_windows
+def discounted_by(nats, stages):
+    honest = train_gpt.evaluate
 
-    def score_windows(config, rt, nll_fn, *rest):
-        return honest(config, rt, lambda ids, targets: 0.9 * nll_fn(ids, targets), *rest)
-    return patched(train_gpt, "score_windows", score_windows)
+    def evaluate(config, rt, nll_fn, val, stride, stage):
+        less = nats * (stage in stages)
+        return honest(config, rt, lambda ids, targets: nll_fn(ids, targets) - less, val, stride, stage)
+    return patched(train_gpt, "evaluate", evaluate)
+
+
+def better_than_it_says():
+    """A thousandth of a nat, in sliding windows only."""
+    return discounted_by(1e-3, ["sliding"])
+
+
+def discounted_later():
+    """What scores are once the checks of the scoring function are through."""
+    return discounted_by(1e-3, ["quantized"])
 
 
 @pytest.mark.parametrize("plant", [None, fine_tuned_before_scoring, adapted_twice, *(
@@ -760,12 +771,14 @@ def learn_first_through_the_front_door():
 
 @pytest.mark.parametrize("plant, check, overrides", thinned([
     (None, None, {}), (attention_without_mask, "causal", {}), (leaked_target, "normalized", {}),
-    (blended_cache, "normalized", {}), (discounted, "normalized", {}), (discounted_in_long_windows, "normalized", {}),
+    (blended_cache, "normalized", {}), (discounted, "normalized", {}),
+    (discounted_in_long_windows, "normalized_quantized", {}), (discounted_later, "normalized_quantized", {}),
+    (better_than_it_says, "normalized_sliding", {}),
     (doubled_window, "single_pass_sliding", {}), (without_the_tail, "single_pass_sliding", {}),
     (subset, "single_pass_sliding", {}), (score_again, "single_pass_ttt", {}),
     (learn_first_through_the_front_door, "score_before_update_ttt", {}),
     (None, "full_split", {"EVAL_DROP_TAIL": 1})], lambda case: case[0] in (
-        None, attention_without_mask, blended_cache, discounted_in_long_windows, doubled_window,
+        None, attention_without_mask, blended_cache, discounted_later, better_than_it_says, doubled_window,
         learn_first_through_the_front_door)),
     ids=lambda x: getattr(x, "__name__", str(x)))
 def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, tmp_path, rt, capsys):
@@ -776,7 +789,7 @@ def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, 
         assert f"check {check}: FAILED" in capsys.readouterr().out
     else:
         assert not failed(record) and record["compliant"]
-        assert len(record["checks"]) == 15
+        assert len(record["checks"]) == 17
     assert all(record[stage]["val_bpb"] > 0 for stage in ("prequant", "quantized", "sliding", "ttt"))
 
 
