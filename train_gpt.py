@@ -2194,6 +2194,10 @@ def adapt(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim
 
 PACKED_FIRST_LINE = b"#coding:latin1\n"
 TRAIN_LIMIT_SECONDS = EVAL_LIMIT_SECONDS = 600
+CHECKS = ("byte_count", "split_text", "held_out", "shards_unchanged", "causal", "normalized", "train_seconds",
+          "eval_seconds", "total_bytes", "full_split")  # of every run of MODE=train
+STAGE_CHECKS = (("single_pass", "prequant", "quantized", "sliding", "ttt"), ("normalized", "quantized", "sliding"),
+                ("score_before_update", "ttt"))
 
 
 class Record:
@@ -2256,7 +2260,7 @@ class Record:
                    f"{int((scores.times_scored == 1).sum())} of {scores.val.targets} targets scored exactly once")
         if not math.isfinite(result["val_loss"]):
             self.check(f"finite_{name}", False, "a score is not a number")
-        if scores.released:
+        if name == "ttt":
             self.check(f"score_before_update_{name}", not scores.early,
                        f"{scores.released} targets trained on, {int(scores.early)} of them without a final score")
         self.set(**{name: result})
@@ -2373,8 +2377,8 @@ def check_entered(record: Record, config: Config, model: GPT, scores: Scores, st
                  f"in {len(parts)} windows the scores are the model's log-softmax but for {off:.1e} nats")
 
 
-def final_checks(record: Record, val: ValidationData):
-    """Hold the run against the contest's limits and fill in `compliant`."""
+def final_checks(record: Record, config: Config, val: ValidationData):
+    """Hold the run against the contest's limits and fill in `compliant`: all checks of what is on are there, and ok."""
     data = record.data
     used = data["artifact_seconds"]
     if used is not None:
@@ -2388,6 +2392,10 @@ def final_checks(record: Record, val: ValidationData):
                  f"of {SUBMISSION_CAP_BYTES}")
     record.check("full_split", not val.left_out, f"{val.left_out} targets at the end of the split are not scored")
     if data["mode"] == "train":
+        on = ["prequant", "quantized"] + ["sliding"] * config.sliding_window_enabled + ["ttt"] * config.ttt_enabled
+        wanted = {*CHECKS, *(f"{check}_{stage}" for check, *stages in STAGE_CHECKS for stage in stages if stage in on)}
+        missing = sorted(wanted - {check["name"] for check in data["checks"]})
+        record.check("complete", not missing, f"missing checks: {', '.join(missing) or 'none'}")
         record.set(compliant=all(check["ok"] for check in data["checks"]))
         record.rt.log(f"compliant: {data['compliant']}")
     else:
@@ -2943,7 +2951,7 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     if config.ttt_enabled:
         record.stage("ttt", "quantized_ttt", evaluate_ttt(config, rt, model, loss_fn, nll_fn, val))
     record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())
-    final_checks(record, val)
+    final_checks(record, config, val)
     record.seal()
 
 

@@ -769,16 +769,20 @@ def learn_first_through_the_front_door():
     return patched(train_gpt, "score_windows", late)
 
 
+def unchecked():
+    return patched(train_gpt, "check_held_out", lambda *_: None)
+
+
 @pytest.mark.parametrize("plant, check, overrides", thinned([
-    (None, None, {}), (attention_without_mask, "causal", {}), (leaked_target, "normalized", {}),
-    (blended_cache, "normalized", {}), (discounted, "normalized", {}),
+    (None, None, {}), (unchecked, "complete", {}), (attention_without_mask, "causal", {}),
+    (leaked_target, "normalized", {}), (blended_cache, "normalized", {}), (discounted, "normalized", {}),
     (discounted_in_long_windows, "normalized_quantized", {}), (discounted_later, "normalized_quantized", {}),
     (better_than_it_says, "normalized_sliding", {}),
     (doubled_window, "single_pass_sliding", {}), (without_the_tail, "single_pass_sliding", {}),
     (subset, "single_pass_sliding", {}), (score_again, "single_pass_ttt", {}),
     (learn_first_through_the_front_door, "score_before_update_ttt", {}),
     (None, "full_split", {"EVAL_DROP_TAIL": 1})], lambda case: case[0] in (
-        None, attention_without_mask, blended_cache, discounted_later, better_than_it_says, doubled_window,
+        None, unchecked, attention_without_mask, blended_cache, discounted_later, better_than_it_says, doubled_window,
         learn_first_through_the_front_door)),
     ids=lambda x: getattr(x, "__name__", str(x)))
 def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, tmp_path, rt, capsys):
@@ -789,7 +793,7 @@ def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, 
         assert f"check {check}: FAILED" in capsys.readouterr().out
     else:
         assert not failed(record) and record["compliant"]
-        assert len(record["checks"]) == 17
+        assert len(record["checks"]) == 18
     assert all(record[stage]["val_bpb"] > 0 for stage in ("prequant", "quantized", "sliding", "ttt"))
 
 

@@ -169,10 +169,18 @@ def record(tmp_path, rt):
     return record
 
 
-def finish(record, left_out: int = 0):
+ALL_ALONG = ["byte_count", "split_text", "held_out", "shards_unchanged", "causal", "normalized", "single_pass_prequant",
+             "single_pass_quantized", "normalized_quantized"]
+OF_SLIDING = ["single_pass_sliding", "normalized_sliding"]
+OF_TTT = ["single_pass_ttt", "score_before_update_ttt"]
+
+
+def finish(record, left_out: int = 0, checks=(*ALL_ALONG, *OF_SLIDING, *OF_TTT), **settings):
     val = fake_validation(torch.ones(11), tiny_config())
     val.left_out = left_out
-    train_gpt.final_checks(record, val)
+    for name in checks:
+        record.check(name, True, "")
+    train_gpt.final_checks(record, tiny_config(**settings), val)
 
 
 def outcome(record, name):
@@ -187,6 +195,18 @@ def test_limits_of_the_contest(record, figures, failing):
     finish(record)
     assert record.data["compliant"] == (failing is None)
     assert [check["name"] for check in record.data["checks"] if not check["ok"]] == ([failing] if failing else [])
+
+
+@pytest.mark.parametrize("sliding, ttt", [(1, 1), (1, 0), (0, 1), (0, 0)])
+def test_a_check_that_did_not_take_place_is_not_passed(record, sliding, ttt):
+    """What is switched on decides which there must be."""
+    needed = [*ALL_ALONG, *OF_SLIDING * sliding, *OF_TTT * ttt]
+    for missing in (None, *needed):
+        record.data["checks"].clear()
+        finish(record, checks=[name for name in needed if name != missing], sliding_window_enabled=sliding,
+               ttt_enabled=ttt)
+        assert record.data["compliant"] == (missing is None), missing
+        assert missing is None or missing in record.data["checks"][-1]["detail"]
 
 
 def test_dropped_tail_is_not_compliant(record):
