@@ -591,29 +591,36 @@ def test_a_run_trains_as_often_as_its_record_says(plant, corpus, tmp_path, rt, m
     assert (dict(calls) == expected and same) == (plant is None), (calls, expected, same)
 
 
-@pytest.mark.parametrize("select", [False, True])
+@pytest.mark.parametrize("select", [None, "val_loss", "val_bpb"])
 def test_validation_losses_choose_nothing(select, corpus, tmp_path, rt):
-    """The losses that the log shows may be any: the same artifact comes out. Planted: a weight chosen by them."""
+    """The losses that the log shows may rise or fall: the same artifact comes out. Planted: the best weights are kept.
+    """
     honest = train_gpt.train
 
     def choosing(config, rt, model, loss_fn, data, validate):
-        result = honest(config, rt, model, loss_fn, data, validate)
-        loss = float(re.search(r"val_loss:(\S+)", validate())[1])
-        with torch.no_grad():
-            model.attn_scale.mul_(1 if loss > 5 else 0.9)
+        seen = []
+
+        def watched():
+            line = validate()
+            loss = float(re.search(rf"{select}:(\S+)", line)[1])
+            seen.append((loss, [p.detach().clone() for p in model.parameters()]))
+            return line
+        result = honest(config, rt, model, loss_fn, data, watched)
+        torch._foreach_copy_([p.data for p in model.parameters()], min(seen, key=lambda pair: pair[0])[1])
         return result
 
     found = set()
-    for number, change in enumerate((0.0, -3.0)):
-        finish = Scores.finish
+    for number, change in enumerate((1.0, -1.0)):
+        finish, calls = Scores.finish, []
 
-        def other(self, finish=finish, change=change):
-            result = finish(self)
-            return {**result, "val_loss": result["val_loss"] + change}
+        def other(self, finish=finish, change=change, calls=calls):
+            calls.append(self)
+            return {**finish(self), "val_loss": 5 + change * len(calls), "val_bpb": 5 + change * len(calls)}
         with patched(Scores, "finish", other), patched(train_gpt, "train", choosing if select else honest):
             record = tiny_run(tmp_path / str(number), corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+        assert len(calls) > 3
         found.add(record["artifact_sha256"])
-    assert len(found) == 1 + select
+    assert len(found) == 1 + bool(select)
 
 
 # --- a whole run against slow references ------------------------------------------------------------------------------
@@ -892,6 +899,23 @@ def test_a_submission_over_the_cap_is_not_compliant(corpus, tmp_path, rt):
         with patched(train_gpt, "SUBMISSION_CAP_BYTES", cap):
             again = tiny_run(tmp_path / str(cap), corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
         assert failed(again) == fails
+
+
+def test_a_run_begins_with_weights_of_its_own_seed(corpus, tmp_path, rt):
+    """Seeds that shared their initial weights would not be independent runs."""
+    def no_training(*_):
+        raise train_gpt.RunStopped("enough", 1)
+    weights = []
+    for number, seed in enumerate((1, 2, 1)):
+        with patched(train_gpt, "train", no_training), pytest.raises(train_gpt.RunStopped):
+            tiny_run(tmp_path / str(number), corpus[0], rt, SEED=seed)
+        weights.append(torch.load(tmp_path / str(number) / "out" / "stopped_model.pt", weights_only=True))
+    rt.log_file.close()
+    rt.log_file = None
+    one, other, again = weights
+    for name in ("embedding", "qo_bank", "kv_bank", "up_bank"):
+        assert not torch.equal(one[name], other[name])
+    assert all(torch.equal(one[name], again[name]) for name in one)
 
 
 def test_later_seeds_pack_the_same_code(corpus, tmp_path, rt):
