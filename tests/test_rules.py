@@ -8,6 +8,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -943,6 +944,34 @@ def test_settings_in_the_record_are_the_settings_in_force(corpus, tmp_path, rt):
     for key in ("source_sha256", "train_sha256", "val_sha256", "tokenizer_sha256", "artifact_sha256", "code_sha256"):
         assert f"{key}: {record[key]}" in log
     assert record["source_sha256"] == train_gpt.sha256(SOURCE)
+    path, = train_gpt.shard_files(config, "val")
+    assert record["val_sha256"] == hashlib.sha256(path.read_bytes()[1024:]).hexdigest()
+    assert record["tokenizer_sha256"] == hashlib.sha256(config.tokenizer.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("different", ["settings", "code", "device", "validation tokens", "tokenizer",
+                                       "training shards"])
+def test_ranks_that_differ_are_refused_before_any_work(different, corpus, tmp_path, rt, monkeypatch):
+    """Rank 2 of three; what is compared is the thing itself."""
+    config, told, check_alike = tiny_run_config(tmp_path, corpus[0]), {}, Runtime.check_alike
+
+    def among_three(self, what, value):
+        told[what] = value
+        ranks = [value, value, "other" if what == different else value]
+        with patched(rt, "world", 3), patched(dist, "all_gather_object", lambda values, mine: values.__setitem__(
+                slice(None), [mine, *ranks[1:]])):
+            check_alike(self, what, value)
+    monkeypatch.setattr(Runtime, "check_alike", among_three)
+    with pytest.raises(train_gpt.UsageError, match=rf"ranks \[2\] have other {different}: other, rank 0 has"):
+        train_gpt.run_training(config, rt)
+    assert not (tmp_path / "logs").exists()
+    of_file = {split: hashlib.sha256(train_gpt.shard_files(config, split)[0].read_bytes()[1024:]).hexdigest()
+               for split in ("train", "val")}
+    expected = {"settings": train_gpt.assignments(config.non_defaults()), "code": hashlib.sha256(SOURCE).hexdigest(),
+                "device": rt.hardware(), "validation tokens": of_file["val"],
+                "tokenizer": hashlib.sha256(config.tokenizer.read_bytes()).hexdigest(),
+                "training shards": hashlib.sha256(of_file["train"].encode()).hexdigest()}
+    assert different in told and told.items() <= expected.items()
 
 
 # --- bytes: #1545, #1719 (a space counted twice), #1184, #1271 (byte pieces as 3 bytes), #897 (no lone U+2581) --------
