@@ -2707,9 +2707,11 @@ def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
     bpb, nats = ([score[key] for score in scores.values()] for key in ("val_bpb", "val_loss"))
     first, several = records[0], len(records) > 1
     try:
-        reference = [float(x) * nats[0] / bpb[0] for x in config.reference_bpb.split(",") if x]
-    except ValueError as error:
-        raise UsageError(f"REFERENCE_BPB={config.reference_bpb!r}: numbers separated by commas, please") from error
+        reference = [float(x) for x in config.reference_bpb.split(",") if x]
+    except ValueError:
+        reference = [math.nan]
+    if not np.isfinite(reference).all():
+        raise UsageError(f"REFERENCE_BPB={config.reference_bpb!r}: numbers separated by commas, please")
     if reference and (len(reference) < 2 or not several):
         raise UsageError("REFERENCE_BPB needs two or more numbers, and two or more records: spreads are compared")
     passed = {check["name"]: all(c["ok"] for r in records for c in r["checks"] if c["name"] == check["name"])
@@ -2723,7 +2725,8 @@ def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
         "hardware": first["hardware"],
         "compliance": {**passed, "three_seeds": len(records) >= 3,
                        "all_checks": all(r["compliant"] for r in records)},
-        "significance": welch_test(nats, reference, 0.005) if reference else None}
+        "significance": {"reference_bpb": reference, **welch_test(
+            nats, [x * nats[0] / bpb[0] for x in reference], 0.005)} if reference else None}
     return {
         "author": config.author or None, "github_id": config.github_id or None, "name": config.submission_name or None,
         "date": max(r["date"] for r in records)[:10], "track": "10min_16mb", "seeds": [r["seed"] for r in records],
