@@ -2192,6 +2192,10 @@ def adapt(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim
 
 PACKED_FIRST_LINE = b"#coding:latin1\n"
 TRAIN_LIMIT_SECONDS = EVAL_LIMIT_SECONDS = 600
+CHECKS = ("byte_count", "split_text", "held_out", "shards_unchanged", "causal", "normalized", "train_seconds",
+          "eval_seconds", "total_bytes", "full_split")  # of every run of MODE=train
+STAGE_CHECKS = (("single_pass", "prequant", "quantized", "sliding", "ttt"), ("normalized", "quantized", "sliding"),
+                ("score_before_update", "ttt"))
 
 
 class Record:
@@ -2254,7 +2258,7 @@ class Record:
                    f"{int((scores.times_scored == 1).sum())} of {scores.val.targets} targets scored exactly once")
         if not math.isfinite(result["val_loss"]):
             self.check(f"finite_{name}", False, "a score is not a number")
-        if scores.released:
+        if name == "ttt":
             self.check(f"score_before_update_{name}", not scores.early,
                        f"{scores.released} targets trained on, {int(scores.early)} of them without a final score")
         self.set(**{name: result})
@@ -2352,16 +2356,27 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
     for c in candidates:  # each is the target of the last place but one, and stands in the input after it
         ids = torch.cat((tokens[0, :8].expand(len(c), -1), c), 1)
         mass += float(model.nll(ids, c.expand(-1, 2))[:, 0].neg().exp().sum())
-    ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    expected = model.logits(ids[:1], length).log_softmax(-1).gather(-1, targets[:1, :, None])[0, :, 0]
-    off = abs(float((nll_fn(ids, targets)[0] + expected).mean()))
-    record.check("normalized", abs(mass - 1) < 1e-3 and off < 5e-3,  # of the model in bf16, compiled or not; nats
-                 f"the probabilities of all {vocab} tokens at one place add up to {mass:.7f}; over a whole window the "
-                 f"scores are the model's log-softmax, but for {off:.1e} nats")
+    record.check("normalized", abs(mass - 1) < 1e-3,  # of the model in bf16
+                 f"the probabilities of all {vocab} tokens at one place add up to {mass:.7f}")
 
 
-def final_checks(record: Record, val: ValidationData):
-    """Hold the run against the contest's limits and fill in `compliant`."""
+@torch.no_grad()
+def check_entered(record: Record, config: Config, model: GPT, scores: Scores, stage: str, stride: int):
+    """Hold scores as a stage has left them against the model's log-softmax, in windows spread over the split."""
+    length, parts = config.eval_seq_len, []
+    chosen = windows(config, scores.val.targets, stride)
+    for start, count in chosen[::-(-len(chosen) // 32)]:
+        tokens = scores.val.tokens[start:start + length + 1].long()
+        logits = model.logits(tokens[None, :-1], length)[0, length - count:]
+        parts.append(scores.nll[start + length - count:start + length] -
+                     F.cross_entropy(logits, tokens[length - count + 1:], reduction="none"))
+    off, most = float(torch.cat(parts).mean()), 5e-4 if model.dtype == torch.float32 else 2e-3
+    record.check(f"normalized_{stage}", abs(off) < most,
+                 f"in {len(parts)} windows the scores are the model's log-softmax but for {off:.1e} nats")
+
+
+def final_checks(record: Record, config: Config, val: ValidationData):
+    """Hold the run against the contest's limits and fill in `compliant`: all checks of what is on are there, and ok."""
     data = record.data
     used = data["artifact_seconds"]
     if used is not None:
@@ -2375,6 +2390,10 @@ def final_checks(record: Record, val: ValidationData):
                  f"of {SUBMISSION_CAP_BYTES}")
     record.check("full_split", not val.left_out, f"{val.left_out} targets at the end of the split are not scored")
     if data["mode"] == "train":
+        on = ["prequant", "quantized"] + ["sliding"] * config.sliding_window_enabled + ["ttt"] * config.ttt_enabled
+        wanted = {*CHECKS, *(f"{check}_{stage}" for check, *stages in STAGE_CHECKS for stage in stages if stage in on)}
+        missing = sorted(wanted - {check["name"] for check in data["checks"]})
+        record.check("complete", not missing, f"missing checks: {', '.join(missing) or 'none'}")
         record.set(compliant=all(check["ok"] for check in data["checks"]))
         record.rt.log(f"compliant: {data['compliant']}")
     else:
@@ -2687,9 +2706,11 @@ def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
     bpb, nats = ([score[key] for score in scores.values()] for key in ("val_bpb", "val_loss"))
     first, several = records[0], len(records) > 1
     try:
-        reference = [float(x) * nats[0] / bpb[0] for x in config.reference_bpb.split(",") if x]
-    except ValueError as error:
-        raise UsageError(f"REFERENCE_BPB={config.reference_bpb!r}: numbers separated by commas, please") from error
+        reference = [float(x) for x in config.reference_bpb.split(",") if x]
+    except ValueError:
+        reference = [math.nan]
+    if not np.isfinite(reference).all():
+        raise UsageError(f"REFERENCE_BPB={config.reference_bpb!r}: numbers separated by commas, please")
     if reference and (len(reference) < 2 or not several):
         raise UsageError("REFERENCE_BPB needs two or more numbers, and two or more records: spreads are compared")
     passed = {check["name"]: all(c["ok"] for r in records for c in r["checks"] if c["name"] == check["name"])
@@ -2703,7 +2724,8 @@ def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
         "hardware": first["hardware"],
         "compliance": {**passed, "three_seeds": len(records) >= 3,
                        "all_checks": all(r["compliant"] for r in records)},
-        "significance": welch_test(nats, reference, 0.005) if reference else None}
+        "significance": {"reference_bpb": reference, **welch_test(
+            nats, [x * nats[0] / bpb[0] for x in reference], 0.005)} if reference else None}
     return {
         "author": config.author or None, "github_id": config.github_id or None, "name": config.submission_name or None,
         "date": max(r["date"] for r in records)[:10], "track": "10min_16mb", "seeds": [r["seed"] for r in records],
@@ -2922,14 +2944,16 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     model = model_from_artifact(config, rt, unpack_artifact(artifact)[0])
     nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
     check_scoring(record, config, model, nll_fn, val)
-    record.stage("quantized", "quantized", evaluate(config, rt, nll_fn, val, config.eval_seq_len, "quantized"))
-    if config.sliding_window_enabled:
-        record.stage("sliding", "quantized_sliding_window",
-                     evaluate(config, rt, nll_fn, val, config.eval_stride, "sliding"))
+    for stage, label, stride in (("quantized", "quantized", config.eval_seq_len),
+                                 ("sliding", "quantized_sliding_window", config.eval_stride)):
+        if stage == "quantized" or config.sliding_window_enabled:
+            scores = evaluate(config, rt, nll_fn, val, stride, stage)
+            record.stage(stage, label, scores)
+            check_entered(record, config, model, scores, stage, stride)
     if config.ttt_enabled:
         record.stage("ttt", "quantized_ttt", evaluate_ttt(config, rt, model, loss_fn, nll_fn, val))
     record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())
-    final_checks(record, val)
+    final_checks(record, config, val)
     record.seal()
 
 

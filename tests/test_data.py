@@ -179,6 +179,17 @@ def test_the_tail_is_dropped_only_if_asked_for(tmp_path, rt):
     assert whole.bits_per_byte(whole.bytes * np.log(2)) == pytest.approx(1)
 
 
+def test_all_validation_shards_are_scored(tmp_path, rt):
+    """In the order of their names."""
+    folder, config = write_shards(tmp_path, val=(100, 83, 64)), tiny_config(DATA_DIR=tmp_path)
+    raw = b"".join((folder / f"fineweb_val_{i:06d}.bin").read_bytes()[1024:] for i in range(3))
+    val = ValidationData(config, rt, plain_tokenizer())
+    assert val.targets == 246 and val.tokens.tolist() == np.frombuffer(raw, "<u2").tolist()
+    assert val.sha256 == hashlib.sha256(raw).hexdigest()
+    scores = train_gpt.evaluate(config, rt, lambda ids, targets: torch.ones(targets.shape), val, 8, "sliding")
+    assert scores.finish()["val_loss"] == 1 and scores.single_pass() and len(scores.nll) == 246
+
+
 # --- the training order ---------------------------------------------------------------------------------------------
 
 

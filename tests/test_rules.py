@@ -8,6 +8,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -591,29 +592,36 @@ def test_a_run_trains_as_often_as_its_record_says(plant, corpus, tmp_path, rt, m
     assert (dict(calls) == expected and same) == (plant is None), (calls, expected, same)
 
 
-@pytest.mark.parametrize("select", [False, True])
+@pytest.mark.parametrize("select", [None, "val_loss", "val_bpb"])
 def test_validation_losses_choose_nothing(select, corpus, tmp_path, rt):
-    """The losses that the log shows may be any: the same artifact comes out. Planted: a weight chosen by them."""
+    """The losses that the log shows may rise or fall: the same artifact comes out. Planted: the best weights are kept.
+    """
     honest = train_gpt.train
 
     def choosing(config, rt, model, loss_fn, data, validate):
-        result = honest(config, rt, model, loss_fn, data, validate)
-        loss = float(re.search(r"val_loss:(\S+)", validate())[1])
-        with torch.no_grad():
-            model.attn_scale.mul_(1 if loss > 5 else 0.9)
+        seen = []
+
+        def watched():
+            line = validate()
+            loss = float(re.search(rf"{select}:(\S+)", line)[1])
+            seen.append((loss, [p.detach().clone() for p in model.parameters()]))
+            return line
+        result = honest(config, rt, model, loss_fn, data, watched)
+        torch._foreach_copy_([p.data for p in model.parameters()], min(seen, key=lambda pair: pair[0])[1])
         return result
 
     found = set()
-    for number, change in enumerate((0.0, -3.0)):
-        finish = Scores.finish
+    for number, change in enumerate((1.0, -1.0)):
+        finish, calls = Scores.finish, []
 
-        def other(self, finish=finish, change=change):
-            result = finish(self)
-            return {**result, "val_loss": result["val_loss"] + change}
+        def other(self, finish=finish, change=change, calls=calls):
+            calls.append(self)
+            return {**finish(self), "val_loss": 5 + change * len(calls), "val_bpb": 5 + change * len(calls)}
         with patched(Scores, "finish", other), patched(train_gpt, "train", choosing if select else honest):
             record = tiny_run(tmp_path / str(number), corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+        assert len(calls) > 3
         found.add(record["artifact_sha256"])
-    assert len(found) == 1 + select
+    assert len(found) == 1 + bool(select)
 
 
 # --- a whole run against slow references ------------------------------------------------------------------------------
@@ -673,12 +681,23 @@ def documents_begin_free():
     return patched(Scores, "finish", finish)
 
 
-def better_than_it_says():
-    honest = train_gpt.score_windows
+def discounted_by(nats, stages):
+    honest = train_gpt.evaluate
 
-    def score_windows(config, rt, nll_fn, *rest):
-        return honest(config, rt, lambda ids, targets: 0.9 * nll_fn(ids, targets), *rest)
-    return patched(train_gpt, "score_windows", score_windows)
+    def evaluate(config, rt, nll_fn, val, stride, stage):
+        less = nats * (stage in stages)
+        return honest(config, rt, lambda ids, targets: nll_fn(ids, targets) - less, val, stride, stage)
+    return patched(train_gpt, "evaluate", evaluate)
+
+
+def better_than_it_says():
+    """A thousandth of a nat, in sliding windows only."""
+    return discounted_by(1e-3, ["sliding"])
+
+
+def discounted_later():
+    """What scores are once the checks of the scoring function are through."""
+    return discounted_by(1e-3, ["quantized"])
 
 
 @pytest.mark.parametrize("plant", [None, fine_tuned_before_scoring, adapted_twice, *(
@@ -758,14 +777,20 @@ def learn_first_through_the_front_door():
     return patched(train_gpt, "score_windows", late)
 
 
+def unchecked():
+    return patched(train_gpt, "check_held_out", lambda *_: None)
+
+
 @pytest.mark.parametrize("plant, check, overrides", thinned([
-    (None, None, {}), (attention_without_mask, "causal", {}), (leaked_target, "normalized", {}),
-    (blended_cache, "normalized", {}), (discounted, "normalized", {}), (discounted_in_long_windows, "normalized", {}),
+    (None, None, {}), (unchecked, "complete", {}), (attention_without_mask, "causal", {}),
+    (leaked_target, "normalized", {}), (blended_cache, "normalized", {}), (discounted, "normalized", {}),
+    (discounted_in_long_windows, "normalized_quantized", {}), (discounted_later, "normalized_quantized", {}),
+    (better_than_it_says, "normalized_sliding", {}),
     (doubled_window, "single_pass_sliding", {}), (without_the_tail, "single_pass_sliding", {}),
     (subset, "single_pass_sliding", {}), (score_again, "single_pass_ttt", {}),
     (learn_first_through_the_front_door, "score_before_update_ttt", {}),
     (None, "full_split", {"EVAL_DROP_TAIL": 1})], lambda case: case[0] in (
-        None, attention_without_mask, blended_cache, discounted_in_long_windows, doubled_window,
+        None, unchecked, attention_without_mask, blended_cache, discounted_later, better_than_it_says, doubled_window,
         learn_first_through_the_front_door)),
     ids=lambda x: getattr(x, "__name__", str(x)))
 def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, tmp_path, rt, capsys):
@@ -776,7 +801,7 @@ def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, 
         assert f"check {check}: FAILED" in capsys.readouterr().out
     else:
         assert not failed(record) and record["compliant"]
-        assert len(record["checks"]) == 15
+        assert len(record["checks"]) == 18
     assert all(record[stage]["val_bpb"] > 0 for stage in ("prequant", "quantized", "sliding", "ttt"))
 
 
@@ -877,6 +902,23 @@ def test_a_submission_over_the_cap_is_not_compliant(corpus, tmp_path, rt):
         assert failed(again) == fails
 
 
+def test_a_run_begins_with_weights_of_its_own_seed(corpus, tmp_path, rt):
+    """Seeds that shared their initial weights would not be independent runs."""
+    def no_training(*_):
+        raise train_gpt.RunStopped("enough", 1)
+    weights = []
+    for number, seed in enumerate((1, 2, 1)):
+        with patched(train_gpt, "train", no_training), pytest.raises(train_gpt.RunStopped):
+            tiny_run(tmp_path / str(number), corpus[0], rt, SEED=seed)
+        weights.append(torch.load(tmp_path / str(number) / "out" / "stopped_model.pt", weights_only=True))
+    rt.log_file.close()
+    rt.log_file = None
+    one, other, again = weights
+    for name in ("embedding", "qo_bank", "kv_bank", "up_bank"):
+        assert not torch.equal(one[name], other[name])
+    assert all(torch.equal(one[name], again[name]) for name in one)
+
+
 def test_later_seeds_pack_the_same_code(corpus, tmp_path, rt):
     """The script overwrote itself with its own wrapper, and later seeds packed the wrapper (#1858)."""
     script = (ROOT / "train_gpt.py").read_bytes()
@@ -902,6 +944,34 @@ def test_settings_in_the_record_are_the_settings_in_force(corpus, tmp_path, rt):
     for key in ("source_sha256", "train_sha256", "val_sha256", "tokenizer_sha256", "artifact_sha256", "code_sha256"):
         assert f"{key}: {record[key]}" in log
     assert record["source_sha256"] == train_gpt.sha256(SOURCE)
+    path, = train_gpt.shard_files(config, "val")
+    assert record["val_sha256"] == hashlib.sha256(path.read_bytes()[1024:]).hexdigest()
+    assert record["tokenizer_sha256"] == hashlib.sha256(config.tokenizer.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("different", ["settings", "code", "device", "validation tokens", "tokenizer",
+                                       "training shards"])
+def test_ranks_that_differ_are_refused_before_any_work(different, corpus, tmp_path, rt, monkeypatch):
+    """Rank 2 of three; what is compared is the thing itself."""
+    config, told, check_alike = tiny_run_config(tmp_path, corpus[0]), {}, Runtime.check_alike
+
+    def among_three(self, what, value):
+        told[what] = value
+        ranks = [value, value, "other" if what == different else value]
+        with patched(rt, "world", 3), patched(dist, "all_gather_object", lambda values, mine: values.__setitem__(
+                slice(None), [mine, *ranks[1:]])):
+            check_alike(self, what, value)
+    monkeypatch.setattr(Runtime, "check_alike", among_three)
+    with pytest.raises(train_gpt.UsageError, match=rf"ranks \[2\] have other {different}: other, rank 0 has"):
+        train_gpt.run_training(config, rt)
+    assert not (tmp_path / "logs").exists()
+    of_file = {split: hashlib.sha256(train_gpt.shard_files(config, split)[0].read_bytes()[1024:]).hexdigest()
+               for split in ("train", "val")}
+    expected = {"settings": train_gpt.assignments(config.non_defaults()), "code": hashlib.sha256(SOURCE).hexdigest(),
+                "device": rt.hardware(), "validation tokens": of_file["val"],
+                "tokenizer": hashlib.sha256(config.tokenizer.read_bytes()).hexdigest(),
+                "training shards": hashlib.sha256(of_file["train"].encode()).hexdigest()}
+    assert different in told and told.items() <= expected.items()
 
 
 # --- bytes: #1545, #1719 (a space counted twice), #1184, #1271 (byte pieces as 3 bytes), #897 (no lone U+2581) --------

@@ -209,10 +209,18 @@ def record(tmp_path, rt):
     return record
 
 
-def finish(record, left_out: int = 0):
+ALL_ALONG = ["byte_count", "split_text", "held_out", "shards_unchanged", "causal", "normalized", "single_pass_prequant",
+             "single_pass_quantized", "normalized_quantized"]
+OF_SLIDING = ["single_pass_sliding", "normalized_sliding"]
+OF_TTT = ["single_pass_ttt", "score_before_update_ttt"]
+
+
+def finish(record, left_out: int = 0, checks=(*ALL_ALONG, *OF_SLIDING, *OF_TTT), **settings):
     val = fake_validation(torch.ones(11), tiny_config())
     val.left_out = left_out
-    train_gpt.final_checks(record, val)
+    for name in checks:
+        record.check(name, True, "")
+    train_gpt.final_checks(record, tiny_config(**settings), val)
 
 
 def outcome(record, name):
@@ -227,6 +235,18 @@ def test_limits_of_the_contest(record, figures, failing):
     finish(record)
     assert record.data["compliant"] == (failing is None)
     assert [check["name"] for check in record.data["checks"] if not check["ok"]] == ([failing] if failing else [])
+
+
+@pytest.mark.parametrize("sliding, ttt", [(1, 1), (1, 0), (0, 1), (0, 0)])
+def test_a_check_that_did_not_take_place_is_not_passed(record, sliding, ttt):
+    """What is switched on decides which there must be."""
+    needed = [*ALL_ALONG, *OF_SLIDING * sliding, *OF_TTT * ttt]
+    for missing in (None, *needed):
+        record.data["checks"].clear()
+        finish(record, checks=[name for name in needed if name != missing], sliding_window_enabled=sliding,
+               ttt_enabled=ttt)
+        assert record.data["compliant"] == (missing is None), missing
+        assert missing is None or missing in record.data["checks"][-1]["detail"]
 
 
 def test_dropped_tail_is_not_compliant(record):
@@ -333,6 +353,7 @@ def contest_records(record, bpb=(1.07, 1.08, 1.09), **changed) -> list[dict]:
         records[-1].update(run_id=f"run{seed}", seed=seed, hardware="8x NVIDIA H100 80GB HBM3", world_size=8,
                            val_tokens=40_540_802, val_bytes=151_080_891, artifact_sha256=str(seed),
                            total_bytes=15_980_000 + i,
+                           settings={**record.data["settings"], "seed": seed, "run_id": f"run{seed}"},
                            quantized={"val_loss": 2.6 * x, "val_bpb": x + 0.03, "seconds": 9.0},
                            prequant={"val_loss": 2.0, "val_bpb": 0.9, "seconds": 9.0},
                            sliding={"val_loss": 2.55 * x, "val_bpb": x + 0.02, "seconds": 9.0},
@@ -369,14 +390,53 @@ def test_contest_runs_are_averaged_with_worst_case_bytes(record, tmp_path, monke
     assert table.index("run42") < table.index("run314") < table.index("run999"), "best first"
 
 
+@pytest.mark.parametrize("missing, bpb", [(None, 1.07), ("ttt", 1.09), ("sliding", 1.10)])
+def test_the_last_stage_from_the_artifact_counts(record, tmp_path, monkeypatch, missing, bpb):
+    """Never the stage before quantization, which is the lowest here."""
+    off = {stage: None for stage in ("ttt", "sliding") if missing in ("sliding", stage)}
+    submission = collected(tmp_path, monkeypatch, contest_records(record, (1.07,), **off))
+    assert submission["val_bpb"] == submission["seed_results"]["42"]["val_bpb"] == pytest.approx(bpb)
+
+
+def test_four_seeds_that_are_not_alike(record, tmp_path, monkeypatch):
+    """The mean and not the median, spreads of a sample, and the worst bytes wherever they stand."""
+    bpb = (1.07, 1.0705, 1.071, 1.09)
+    records = contest_records(record, bpb)
+    records[1]["total_bytes"], records[2]["code_bytes"] = 15_990_000, 21_000
+    submission = collected(tmp_path, monkeypatch, records)
+    mean = sum(bpb) / 4
+    std = (sum((x - mean) ** 2 for x in bpb) / 3) ** 0.5
+    for key, unit in (("val_bpb", 1), ("val_loss", 2.5)):
+        assert submission[key] == pytest.approx(unit * mean) and submission[f"{key}_std"] == pytest.approx(unit * std)
+    assert (submission["bytes_total"], submission["bytes_code"]) == (15_990_000, 21_000)
+    assert submission["seeds"] == [42, 314, 999, 7] and submission["compliance"]["three_seeds"]
+    assert not collected(tmp_path, monkeypatch, contest_records(record)[:2])["compliance"]["three_seeds"]
+
+
+def test_failed_checks_are_shown(record, tmp_path, monkeypatch):
+    """In the table, and with their detail in the folder's README."""
+    finish(record)
+    record.check("held_out", False, "9 of 9 passages")
+    record.check("causal", False, "all of them")
+    records = contest_records(record)
+    assert train_gpt.results_table(records).splitlines()[-1].endswith("| held_out, causal |")
+    collected(tmp_path, monkeypatch, records, submission_name="x")
+    readme, = (tmp_path / "records").glob("*/README.md")
+    for seed in (42, 314, 999):
+        assert f"- run{seed}: held_out FAILED (9 of 9 passages)\n" in readme.read_text()
+    assert "| held_out, causal |" in readme.read_text()
+
+
 @pytest.mark.parametrize("change", [
-    {"settings": {"ttt_epochs": 9}}, {"preset": "smoke"}, {"source_sha256": "0"}, {"code_sha256": "0"},
+    *({"settings": {name: value}} for name, value in (("ttt_epochs", 9), ("ttt_lr", 0.1), ("eval_stride", 128),
+                                                      ("matrix_lr", 0.1), ("vocab_size", 4096))),
+    {"preset": "smoke"}, {"source_sha256": "0"}, {"code_sha256": "0"},
     {"train_sha256": "0"}, {"val_sha256": "0"}, {"tokenizer_sha256": "0"}, {"hardware": "8x NVIDIA H200"},
     {"torch": "2.9.0"}, {"mode": "eval"}, {"seed": 42}, {"artifact_sha256": "42"},
     {"compliant": None, "stopped": "RunStopped"}], ids=str)
 def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch, change, capsys):
     records = contest_records(record)
-    records[1].update(change)
+    records[1].update({**change, "settings": {**records[1]["settings"], **change.get("settings", {})}})
     key, = list(change)[:1]
     with pytest.raises(UsageError, match="no finished run" if key in ("mode", "compliant") else key):
         collected(tmp_path, monkeypatch, records)
@@ -412,13 +472,13 @@ def test_one_run_that_breaks_a_rule_takes_the_others_figures(record, tmp_path, m
 
 def test_welch_test_against_closed_forms():
     """Two values on each side with equal spreads: two degrees of freedom, whose tail has a closed form."""
-    for gain in (0.002, 0.005, 0.02, 0.5):
+    for gain in (0.002, 0.005, 0.02, 0.033, 0.5):
         ours, reference = [2.0, 2.01], [2.0 + gain, 2.01 + gain]
         found = train_gpt.welch_test(ours, reference, 0.005)
         t = (gain - 0.005) / 5e-5 ** 0.5  # each side has variance 5e-5 and two values
         assert found["t"] == pytest.approx(t, abs=1e-9) and found["degrees_of_freedom"] == pytest.approx(2)
         assert found["p_value"] == pytest.approx(0.5 - t / (2 * (2 + t * t) ** 0.5), abs=2e-5)
-        assert found["significant"] == (found["p_value"] < 0.01)
+        assert found["significant"] == (gain == 0.5) and (0.01 < found["p_value"] < 0.05) == (gain == 0.033)
         assert found["gain_nats_per_token"] == pytest.approx(gain)
     # Spreads that differ: Welch-Satterthwaite by hand. The smaller sample's spread of zero leaves the other's freedom.
     found = train_gpt.welch_test([1.0, 1.0], [1.1, 1.2, 1.3], 0.0)
@@ -431,7 +491,8 @@ def test_the_standing_record_must_be_beaten_by_five_millinats(record, tmp_path, 
         found = collected(tmp_path, monkeypatch, contest_records(record, bpb), reference_bpb="1.0810,1.0811,1.0812")
         assert found["significance"]["significant"] == enough
         assert found["significance"]["gain_nats_per_token"] == pytest.approx(2.5 * (1.0811 - bpb[1]))
-    for reference, records in (("1.08", 3), ("1.08,x", 3), ("1.08,1.09", 1)):
+        assert found["significance"]["reference_bpb"] == [1.0810, 1.0811, 1.0812]
+    for reference, records in (("1.08", 3), ("1.08,x", 3), ("1.08,nan", 3), ("1.08,inf,1.09", 3), ("1.08,1.09", 1)):
         with pytest.raises(UsageError, match="REFERENCE_BPB"):
             collected(tmp_path, monkeypatch, contest_records(record)[:records], reference_bpb=reference)
 
