@@ -3002,12 +3002,20 @@ def read_config(env: Mapping[str, str]) -> Config:
 
 
 def refuse_code_beside():
-    """Raise UsageError for a module from the script's folder, where it would not be counted; import none later."""
-    folder = Path(__file__).resolve().parent
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() != folder]
+    """Raise UsageError for a module from below the script's folder, where it would not be counted; import none later.
+
+    Python itself and installed packages may lie there: a virtual environment.
+    """
+    script = Path(__file__).resolve()
+
+    def beside(path: Path) -> bool:
+        return script.parent == next((p for p in (path, *path.parents) if p.name in ("site-packages", "dist-packages")
+                                      or p in (script.parent, Path(sys.base_prefix).resolve())), None)
+
+    sys.path[:] = [path for path in sys.path if not beside(Path(path).resolve())]
     files = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
-    files = [file.parent if file.name == "__init__.py" else file for file in files if file.is_absolute()]
-    strangers = {file.name for file in files if file.resolve().parent == folder} - {Path(__file__).name}
+    files = {file.resolve() for file in files if file.is_absolute()}  # PyTorch has invented ones, too
+    strangers = sorted(str(file) for file in files - {script} if beside(file))
     if strangers:
         raise UsageError(f"{', '.join(strangers)}: imported from the script's folder, not counted")
 

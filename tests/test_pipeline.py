@@ -81,7 +81,12 @@ def test_two_ranks_train_and_score_as_one(runs):
 
 
 OFFLINE = """
-import fcntl, runpy, socket, struct
+import fcntl, os, runpy, socket, struct, sys
+opened = open("opened.txt", "w", buffering=1)
+def note(event, args):
+    if event == "open" and isinstance(args[0], (str, os.PathLike)) and not os.path.isdir(args[0]):
+        print(os.path.relpath(args[0]), file=opened)
+sys.addaudithook(note)
 try:
     fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 0x41))  # SIOCSIFFLAGS: up and running
 except PermissionError:
@@ -92,19 +97,28 @@ runpy.run_path("train_gpt.py", run_name="__main__")
 
 
 def test_packed_script_scores_the_artifact_alone(runs, tmp_path):
-    """Only the packed script, the artifact, the tokenizer and the validation shards; no network; the same digits."""
+    """Only the packed script, the artifact, the tokenizer and the validation shards; no network; the same digits.
+
+    Other files may lie beside them, and none is opened.
+    """
     source = runs[0].folder / "out"
     shutil.copy(source / "train_gpt.py", tmp_path)
     (tmp_path / "out").mkdir()
     shutil.copy(source / "final_model.ptz", tmp_path / "out")
     shutil.copytree(source / "smoke_data", tmp_path / "data", ignore=shutil.ignore_patterns("*train*"))
     (tmp_path / "offline.py").write_text(OFFLINE)
+    shutil.copy(source / "final_model.pt", tmp_path / "out")
     # Where the kernel lets us, in a network namespace of its own with but a loopback; Python's sockets raise anyway.
     alone = ["unshare", "-rn"] if subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0 else []
     done = subprocess.run([*alone, sys.executable, "offline.py"], cwd=tmp_path, capture_output=True, text=True,
                           timeout=240, env={"MODE": "eval", "DATA_DIR": "data", "RUN_ID": "again",
                                             "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
+    own = {name for name in (tmp_path / "opened.txt").read_text().splitlines()
+           if not name.startswith(("..", "logs/", "offline.py"))}
+    val, = (tmp_path / "data").rglob("fineweb_val*")
+    tokenizer, = (tmp_path / "data").rglob("*.model")
+    assert own == {"train_gpt.py", "out/final_model.ptz", *(str(p.relative_to(tmp_path)) for p in (val, tokenizer))}
     again = json.loads((tmp_path / "logs" / "again.json").read_text())
     for stage in STAGES[1:]:
         assert {**again[stage], "seconds": 0} == {**runs[0].record[stage], "seconds": 0}

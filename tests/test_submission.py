@@ -175,6 +175,23 @@ def test_code_beside_the_script_is_refused(tmp_path, name, early):
     assert done.returncode == 2 and said in done.stderr and "uncounted" not in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("folder, refused", [
+    ("lib", True), ("a/b/c", True), ("my-site-packages", True), ("venv/lib/python3.10/site-packages", False)])
+@pytest.mark.parametrize("name", ["difflib.py", "difflib/__init__.py", "later.py"])
+def test_code_anywhere_below_the_script_is_refused(tmp_path, folder, refused, name):
+    """By way of PYTHONPATH; the packages of a virtual environment that lies there are not meant."""
+    (tmp_path / "train_gpt.py").write_bytes(SOURCE)
+    module = tmp_path / folder / name
+    module.parent.mkdir(parents=True)
+    module.write_text(Path(difflib.__file__).read_text())
+    code = "import train_gpt; train_gpt.refuse_code_beside(); import later"
+    command = ["-c", code] if name == "later.py" else ["train_gpt.py"]
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PATH": "", "MODE": "help", "PYTHONPATH": str(tmp_path / folder)})
+    said = "No module named 'later'" if name == "later.py" else f"{module}: imported from the script's folder"
+    assert (done.returncode != 0 and said in done.stderr) if refused else done.returncode == 0, done.stderr
+
+
 def test_source_has_only_python_310_grammar():
     ast.parse(SOURCE, feature_version=(3, 10))
     for node in ast.walk(ast.parse(SOURCE)):  # nested same quotes in an f-string: PR #1541 did not parse on 3.10
