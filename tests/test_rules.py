@@ -501,7 +501,7 @@ def test_training_never_looks_at_validation_tokens(plant, stage, in_artifact, co
                 stack.enter_context(plant())
             for name in ("run_training", "warm_up", "train", "make_artifact"):
                 stack.enter_context(in_stage(name, name))
-            for name in ("evaluate", "check_split", "check_held_out", "check_scoring"):
+            for name in ("evaluate", "check_split", "check_held_out", "check_scoring", "check_entered"):
                 stack.enter_context(in_stage(name, None))
             record = tiny_run(tmp_path / str(number), data, rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
         results.append((set(WatchedValidation.looks), record))
