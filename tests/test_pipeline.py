@@ -17,7 +17,8 @@ from conftest import ROOT, torchrun
 import train_gpt
 
 SMALL = {"PRESET": "smoke", "ITERATIONS": "6", "WARMUP_STEPS": "1", "EVAL_STRIDE": "64", "TTT_EPOCHS": "1",
-         "TRAIN_LOG_EVERY": "1", "GPTQ_CALIBRATION_BATCHES": "1", "RUN_ID": "run"}
+         "TRAIN_LOG_EVERY": "1", "GPTQ_CALIBRATION_BATCHES": "1", "RUN_ID": "run",
+         "TARGET_BYTES": "16000000"}
 
 
 class Run:
@@ -222,7 +223,8 @@ def test_a_full_disk_loses_no_artifact(runs, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     done = subprocess.run(
         [sys.executable, str(ROOT / "train_gpt.py")], cwd=tmp_path, capture_output=True, text=True, timeout=240,
-        env={**os.environ, **SMALL, "SEED": "2", "ITERATIONS": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **SMALL, "SEED": "2", "ITERATIONS": "1", "OMP_NUM_THREADS": "1",
+             "QUANTIZER": "sdclip"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
     assert done.returncode == 1 and "train_gpt.py: [Errno 27]" in done.stderr and "Traceback" not in done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
