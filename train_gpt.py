@@ -15,8 +15,8 @@ The file is read from top to bottom, as the data goes through it; each room uses
      4  Model         virtual layers, rotary attention, lanes, skips, softcapped loss
      5  Optimizer     Newton-Schulz, banked Muon, AdamW, schedules, EMA
      6  Training      warm-up and the loop
-     7  Quantization  Hessians, GPTQ, int6 and int8 rows
-     8  Artifact      the container: pack, unpack, save, load
+     7  Quantization  Hessians, sensitivities, GPTQ with trellis-coded columns or with row scales
+     8  Artifact      the container, the entropy coder, the fit to the cap
      9  Evaluation    one scoring function; plain, sliding and test-time-training walks over it
     10  Submission    packed script, checks, record, collect
     11  main          the pipeline
