@@ -38,7 +38,6 @@ import json
 import keyword
 import lzma
 import math
-import operator
 import os
 import platform
 import random
@@ -380,11 +379,10 @@ class Runtime:
         """Join the process group (NCCL on CUDA, gloo on CPU) and open the log on rank 0."""
         env = os.environ
         self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
-        self.local_rank = int(env.get("LOCAL_RANK", 0))
         on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         if on_gpu and not torch.cuda.is_available():
             raise UsageError("DEVICE=cuda, but PyTorch sees no GPU; DEVICE=cpu runs without one")
-        self.device = torch.device("cuda", self.local_rank) if on_gpu else torch.device("cpu")
+        self.device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
         self.dtype = torch.bfloat16 if on_gpu else torch.float32  # of the matrix products; masters stay fp32
         self.compile = on_gpu if config.compile == "auto" else config.compile == "1"
         self.micro_batch_tokens = config.micro_batch_tokens or (98304 if on_gpu else 4096)
@@ -436,6 +434,10 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def spent(self) -> float:
+        """The clock, less the pauses."""
+        return self.clock() - self.paused
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -509,8 +511,11 @@ class Runtime:
 
 
 def end_process(code: int):
-    """End at once. Python's own shutdown stops threads wherever they are, and one of the process group's that is just
-    then freeing a tensor aborts the process: seen in one of 80 runs of two gloo ranks."""
+    """End at once.
+
+    Python's own shutdown stops threads wherever they are, and one of the process group's that is just then freeing a
+    tensor aborts the process: seen in one of 40 runs of two gloo ranks.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -1318,7 +1323,7 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
     """
     budget = config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else None
     optimizer, average, pulse = Optimizer(config, rt, model), WeightAverage(model, config.ema_decay), Pulse(rt)
-    begin, shown, step = rt.clock() - rt.paused, 0.0, 0
+    begin, shown, step = rt.spent(), 0.0, 0
     rt.in_training = True
     while True:
         loss, seconds, stop = pulse.read()  # zeros before the first step
@@ -1349,7 +1354,7 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
             average.update()
         step += 1
     rt.in_training = False
-    seconds = rt.clock() - rt.paused - begin
+    seconds = rt.spent() - begin
     if step < config.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time: {seconds * 1000:.0f}ms step: {step}/{config.iterations}")
     if config.ema_decay:
@@ -1364,6 +1369,11 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
 
 KEPT_FP16_ELEMENTS = 65536  # tensors (whole banks) of at most so many elements are stored as fp16
 MIN_ROW_SCALE = 2.0**-24  # fp16's smallest positive number: an all-zero row still has a scale to divide by
+
+
+def small_tensors(model: GPT) -> dict[str, Tensor]:
+    """The parameters of at most 65,536 elements, which stay fp16, on the CPU."""
+    return {name: p.detach().half().cpu() for name, p in model.named_parameters() if p.numel() <= KEPT_FP16_ELEMENTS}
 
 
 @contextlib.contextmanager
@@ -1610,13 +1620,12 @@ class TrellisQuantizer:
     Columns come one after another and a path's entries, too: so many small operations are faster on the CPU.
     """
 
-    def __init__(self, config: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor],
-                 sensitivities: dict[str, Tensor]):
-        """Factorize this rank's Hessians; tensors of at most 65,536 elements are kept as fp16."""
-        self.rt, self.small, self.parts, sites, own = rt, {}, [], model.matrix_sites(), []
+    def __init__(self, rt: Runtime, model: GPT, hessians: dict[str, Tensor], sensitivities: dict[str, Tensor]):
+        """Factorize this rank's Hessians."""
+        self.rt, self.small, self.parts, sites = rt, small_tensors(model), [], model.matrix_sites()
+        self.weights, spreads = 0, torch.zeros((), dtype=torch.float64)
         for name, p in model.named_parameters():
-            if p.numel() <= KEPT_FP16_ELEMENTS:
-                self.small[name] = p.detach().half().cpu()
+            if name in self.small:
                 continue
             weight, share = p.detach().view(-1, *p.shape[-2:]).cpu(), rt.share(len(sites[name]))
             names = [sites[name][i] for i in share] or sites[name][:1]  # a rank without a share: one, for the shapes
@@ -1627,13 +1636,12 @@ class TrellisQuantizer:
             columns = (STEPS_PER_OCTAVE * (diagonal - level[:, None])).round_().clamp_(-128, 127).to(torch.int8)
             level -= torch.stack([sensitivities[site] for site in names]).cpu().clamp_min(1e-30).log2() / 2
             self.parts.append((name, weight, share, factor, columns, level))
-            spread = weight.std(-1)[share.start:share.stop].clamp_min(1e-12).log2()
-            own.append(torch.stack([spread.sum() - (level[:len(share), None].expand_as(spread)).sum(),
-                                    torch.tensor(float(spread.numel()))]) * weight.size(-1))
-        total = torch.stack(own).sum(0).to(rt.device)
-        rt.all_reduce(total)
-        self.weights = int(total[1])
-        self.mean_spread = float(total[0] / total[1])
+            self.weights += weight.numel()
+            spread = weight.std(-1)[share.start:share.stop].clamp_min(1e-12).log2() - level[:len(share), None]
+            spreads += weight.size(-1) * spread.double().sum()
+        spreads = spreads.to(rt.device)
+        rt.all_reduce(spreads)
+        self.mean_spread = float(spreads) / self.weights
 
     def price_of(self, bits: float) -> float:
         """About the log2 of the common factor of all steps at which a weight takes `bits`: a Gaussian's entropy."""
@@ -1679,13 +1687,10 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
 
     A quantized parameter P becomes `P.q` (int8) and `P.scale` (fp16); one of at most 65,536 elements stays P (fp16).
     """
-    tensors, sites = {}, model.matrix_sites()
-    progress = Progress(rt, "GPTQ", sum(p.numel() for p in model.parameters()))
-    done = 0
+    tensors, sites = small_tensors(model), model.matrix_sites()
+    progress, done = Progress(rt, "GPTQ", sum(p.numel() for p in model.parameters())), 0
     for name, p in model.named_parameters():
-        if p.numel() <= KEPT_FP16_ELEMENTS:
-            tensors[name] = p.half().cpu()
-        else:
+        if name not in tensors:
             bits, clip_sigmas = ((config.embed_bits, config.embed_clip_sigmas) if name == "embedding" else
                                  (config.matrix_bits, config.matrix_clip_sigmas))
             hessian = torch.stack([hessians[site] for site in sites[name]])
@@ -1975,7 +1980,7 @@ def read_body(body: bytes, head_bytes: int) -> tuple[dict[str, Tensor], dict[str
     tensors, begin = {}, 0
     for name, dtype, shape in table:
         end = begin + math.prod(shape) * dtype.itemsize
-        planes = np.frombuffer(raw[begin:end], np.uint8).reshape(dtype.itemsize, -1)
+        planes = np.frombuffer(raw, np.uint8, end - begin, begin).reshape(dtype.itemsize, -1)
         tensors[name] = torch.from_numpy(np.ascontiguousarray(planes.T)).flatten().view(dtype).reshape(shape)
         begin = end
     decode_trellises(tensors)
@@ -1997,7 +2002,7 @@ def fit_artifact(config: Config, rt: Runtime, quantizer: TrellisQuantizer, most_
     common price of all steps are enough. Raises RunStopped if even the coarsest steps take too much.
     """
     aim, finest = most_bytes * (1 - 2.5e-4), quantizer.price_of(MOST_BITS)
-    price, best, tried = quantizer.price_of(min(8 * aim / quantizer.weights, MOST_BITS)), None, []
+    price, best, before = quantizer.price_of(min(8 * aim / quantizer.weights, MOST_BITS)), None, None
     for _ in range(12):
         tensors = quantizer.quantize(price)
         artifact = pack_artifact(tensors, artifact_header(config)) if rt.main else b""
@@ -2009,13 +2014,13 @@ def fit_artifact(config: Config, rt: Runtime, quantizer: TrellisQuantizer, most_
             best = artifact if best is None else max(best, artifact, key=len)
             if size >= most_bytes * (1 - 5e-4) or price <= finest:
                 return best
-        if tried:
-            secant = (size - tried[-1][1]) / (price - tried[-1][0])
+        if before:
+            secant = (size - before[1]) / (price - before[0])
             slope = min(max(secant, 1.3 * slope), 0.02 * slope)
-        tried.append((price, size))
+        before = price, size
         # 16 octaves more leave nothing but zeros, and fp32's range is far yet
         price = min(max(price + (aim - size) / slope, finest), finest + 16)
-        if price == tried[-1][0]:
+        if price == before[0]:
             break
     if best is None:
         raise RunStopped(f"TARGET_BYTES={config.target_bytes} cannot be reached: the coarsest steps make {size} bytes "
@@ -2329,7 +2334,7 @@ def check_held_out(record: Record, val: ValidationData, data: TrainData):
 
 def check_unchanged(record: Record, data: TrainData):
     """See that what was trained on is what was hashed: shards are mapped into memory, and a new content shows there."""
-    changed = torch.tensor(sum(map(operator.ne, data.opened, data.stamps())), device=record.rt.device)
+    changed = torch.tensor(sum(a != b for a, b in zip(data.opened, data.stamps())), device=record.rt.device)
     record.rt.all_reduce(changed)
     record.check("shards_unchanged", not changed, f"{changed} of the training shards changed")
 
@@ -2355,7 +2360,7 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
     for c in candidates:  # each is the target of the last place but one, and stands in the input after it
         ids = torch.cat((tokens[0, :8].expand(len(c), -1), c), 1)
         mass += float(model.nll(ids, c.expand(-1, 2))[:, 0].neg().exp().sum())
-    record.check("normalized", abs(mass - 1) < 1e-3,  # of the model in bf16
+    record.check("normalized", abs(mass - 1) < 1e-3,
                  f"the probabilities of all {vocab} tokens at one place add up to {mass:.7f}")
 
 
@@ -2472,7 +2477,9 @@ class SourceStripper(ast.NodeTransformer):
         parts = [self.visit(part) for part in node.values]
         values = [part.value if isinstance(part, ast.Constant) else None for part in parts]
         node.values = [part for part, value in zip(parts, values) if value is not (not decisive)]
-        return ast.Constant(decisive) if decisive in values else node
+        if any(value is decisive for value in values):
+            return ast.Constant(decisive)
+        return node if node.values else ast.Constant(not decisive)
 
     def visit_If(self, node: ast.If | ast.IfExp) -> ast.AST | list[ast.stmt]:
         """Keep the branch that is taken, where that is decided."""
@@ -2874,14 +2881,14 @@ def run_training(config: Config, rt: Runtime):
 
         try:
             warm_up(config, rt, model, loss_fn, data)
-            start = rt.clock() - rt.paused  # from here to the artifact all but scoring counts
+            start = rt.spent()  # from here to the artifact all but scoring counts
             result = train(config, rt, model, loss_fn, data, lambda: score_line(validate().finish()))
             record.set(steps=result.steps, train_seconds=result.seconds, step_ms=1000 * result.seconds / result.steps,
                        tokens_per_second=round(result.steps * config.train_batch_tokens / result.seconds))
             with rt.pause():
                 record.stage("prequant", "pre-quantization post-ema", validate("prequant"))
             artifact = make_artifact(config, rt, record, model, data.in_order(1))
-            record.set(artifact_seconds=rt.clock() - rt.paused - start)
+            record.set(artifact_seconds=rt.spent() - start)
             check_unchanged(record, data)
         except RunStopped:
             write_output(config, rt, "stopped_model.pt", weights_file(model))
@@ -2902,7 +2909,7 @@ def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data:
     sensitivities = collect_sensitivities(config, rt, model, data) if config.quantizer == "trellis" else {}
     times.append(rt.clock())
     if config.quantizer == "trellis":
-        quantizer = TrellisQuantizer(config, rt, model, hessians, sensitivities)
+        quantizer = TrellisQuantizer(rt, model, hessians, sensitivities)
         artifact = fit_artifact(config, rt, quantizer, config.target_bytes - len(pack_source(SOURCE, config)))
     else:
         tensors = quantize_rows(config, rt, model, hessians)
@@ -2943,12 +2950,12 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     model = model_from_artifact(config, rt, unpack_artifact(artifact)[0])
     nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
     check_scoring(record, config, model, nll_fn, val)
-    for stage, label, stride in (("quantized", "quantized", config.eval_seq_len),
-                                 ("sliding", "quantized_sliding_window", config.eval_stride)):
-        if stage == "quantized" or config.sliding_window_enabled:
-            scores = evaluate(config, rt, nll_fn, val, stride, stage)
-            record.stage(stage, label, scores)
-            check_entered(record, config, model, scores, stage, stride)
+    walks = [("quantized", "quantized", config.eval_seq_len)]
+    walks += [("sliding", "quantized_sliding_window", config.eval_stride)] * config.sliding_window_enabled
+    for stage, label, stride in walks:
+        scores = evaluate(config, rt, nll_fn, val, stride, stage)
+        record.stage(stage, label, scores)
+        check_entered(record, config, model, scores, stage, stride)
     if config.ttt_enabled:
         record.stage("ttt", "quantized_ttt", evaluate_ttt(config, rt, model, loss_fn, nll_fn, val))
     record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())

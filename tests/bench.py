@@ -210,7 +210,7 @@ class Quantization:
     def trellis(self, method: str, most_bytes: int) -> bytes:
         """The artifact of TrellisQuantizer at so many bytes."""
         weights = {site: torch.tensor(weight) for site, weight in self.weights_of(method).items()}
-        quantizer = TrellisQuantizer(self.config, self.rt, self.model, self.hessians, weights)
+        quantizer = TrellisQuantizer(self.rt, self.model, self.hessians, weights)
         return train_gpt.fit_artifact(self.config, self.rt, quantizer, most_bytes)
 
 
@@ -240,7 +240,6 @@ def coder_overhead(tensors: dict[str, torch.Tensor]) -> float | None:
 def quantization(data_dir: str, weights: Path | None) -> list[dict]:
     """One row for each method, all at the bytes of the first."""
     q = Quantization(data_dir, weights)
-    published = train_gpt.pack_artifact(train_gpt.quantize_rows(q.config, q.rt, q.model, q.hessians), {})
     rows = [q.row("sdclip + Brotli", lambda: train_gpt.pack_artifact(
         train_gpt.quantize_rows(q.config, q.rt, q.model, q.hessians), {}))]
     for method in ("columns", "columns + trellis", "columns + trellis + sensitivity"):
@@ -249,7 +248,7 @@ def quantization(data_dir: str, weights: Path | None) -> list[dict]:
         kept = {name: getattr(train_gpt, name) for name in patched}
         vars(train_gpt).update(patched)
         try:
-            rows.append(q.row(method, lambda method=method: q.trellis(method, len(published))))
+            rows.append(q.row(method, lambda method=method: q.trellis(method, rows[0]["total_bytes"])))
         finally:
             vars(train_gpt).update(kept)
     for row in rows[::-1]:

@@ -833,7 +833,7 @@ def test_steps_are_never_finer_than_six_bits(rt):
 @pytest.mark.parametrize("bits", [1.5, 3.5])
 def test_a_real_model_fills_its_target(rt, monkeypatch, bits):
     config, model = narrow_model(monkeypatch, MODEL_DIM=64)
-    quantizer = train_gpt.TrellisQuantizer(config, rt, model, *calibrated(model))
+    quantizer = train_gpt.TrellisQuantizer(rt, model, *calibrated(model))
     target = int(bits * quantizer.weights / 8)
     artifact = train_gpt.fit_artifact(config, rt, quantizer, target)
     assert target * (1 - 5e-4) <= len(artifact) <= target

@@ -288,7 +288,7 @@ def test_trellis_quantizer_does_what_it_says(rt, monkeypatch):
     """Against a slow transcription: steps 2^(price + level + columns / 4), GPTQ one column at a time in fp64."""
     config, model = narrow_model(monkeypatch)
     hessians, sensitivities = calibrated(model)
-    tensors = TrellisQuantizer(config, rt, model, hessians, sensitivities).quantize(price := -9.0)
+    tensors = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(price := -9.0)
     different = total = without_feedback = 0
     for bank, i, site, matrix in sites_of(model):
         walk = inverses(hessians[site])
@@ -324,9 +324,9 @@ def test_steps_follow_the_sensitivity(rt, monkeypatch):
     """A matrix whose errors cost a sixteenth gets steps four times as long, and the others keep theirs."""
     config, model = narrow_model(monkeypatch)
     hessians, sensitivities = calibrated(model)
-    before = TrellisQuantizer(config, rt, model, hessians, sensitivities).quantize(-9.0)
+    before = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(-9.0)
     sensitivities["mlp_in.2"] /= 16
-    after = TrellisQuantizer(config, rt, model, hessians, sensitivities).quantize(-9.0)
+    after = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(-9.0)
     ratio = torch.tensor([1, 1, 4, 1, 1, 1])
     torch.testing.assert_close(after["up_bank.step"], before["up_bank.step"] * ratio)
     assert after["up_bank.q"][2].abs().sum() < 0.3 * before["up_bank.q"][2].abs().sum()
@@ -347,7 +347,7 @@ def test_the_trellis_costs_less_than_row_scales(rt, monkeypatch):
     """At the same entropy (a bit is 6 dB), where the Hessian's spectrum is spread: less than a third of the error."""
     config, model = narrow_model(monkeypatch, MODEL_DIM=64, MLP_MULT=4)
     hessians, sensitivities = calibrated(model)
-    quantizer = TrellisQuantizer(config, rt, model, hessians, dict.fromkeys(sensitivities, torch.tensor(1.0)))
+    quantizer = TrellisQuantizer(rt, model, hessians, dict.fromkeys(sensitivities, torch.tensor(1.0)))
     tensors = quantizer.quantize(quantizer.price_of(3.0))
     assert 8 * len(train_gpt.pack_artifact(tensors, {})) / quantizer.weights == pytest.approx(3.0, abs=0.4)
     for bank, i in (("up_bank", 1), ("down_bank", 2)):
@@ -391,7 +391,7 @@ def test_ranks_quantize_what_one_does(rt, monkeypatch):
     args = model, *calibrated(model)
 
     def work(rt):
-        quantizer = TrellisQuantizer(config, rt, *args)
+        quantizer = TrellisQuantizer(rt, *args)
         return quantizer.weights, quantizer.price_of(4.0), quantizer.quantize(-9.0)
 
     weights, price, tensors = work(rt)
@@ -414,7 +414,7 @@ def test_dead_inputs_zero_matrices_and_insensitive_sites(rt, monkeypatch):
     with torch.no_grad():
         model.up_bank[2] = 0
         model.up_bank[3, 10] = 0
-    quantizer = TrellisQuantizer(config, rt, model, hessians, sensitivities)
+    quantizer = TrellisQuantizer(rt, model, hessians, sensitivities)
     assert math.isfinite(quantizer.mean_spread)
     tensors = quantizer.quantize(-9.0)
     q, step, columns, rows = (tensors[f"up_bank.{part}"] for part in ("q", "step", "columns", "rows"))

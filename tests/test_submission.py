@@ -115,6 +115,19 @@ RESULT = [result_text, Holder(number_of_things=9).number_of_things]
     assert spaces[0]["SOURCE"] == spaces[1]["SOURCE"] == ["  3 15 [0, 1]", 9]
 
 
+def test_a_number_is_no_decision():
+    """1 equals True, but `x or 1` is x as long as x is not zero."""
+    program = """
+PACKED = False
+def one(x):
+    return [x or 1, x and 0, x or True, x and True, PACKED and x, PACKED and PACKED]
+SOURCE = one(5)
+"""
+    space = {}
+    exec(strip_source(program), space)
+    assert space["SOURCE"] == [5, 0, True, 5, 5, True]
+
+
 def test_packed_script_computes_the_same(tmp_path):
     packed = load_packed(tmp_path)
     config, other = tiny_config(), packed.Config.from_env({k.upper(): str(int(v) if isinstance(v, bool) else v)
