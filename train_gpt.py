@@ -1470,9 +1470,14 @@ def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: f
     w, top = weight.float(), 2 ** (bits - 1) - 1
     scale = (clip_sigmas * w.std(-1, keepdim=True) / top).clamp(MIN_ROW_SCALE, torch.finfo(torch.half).max).half()
     step = scale.float()  # [..., out, 1]
-    factor = error_factor(hessian, damping)
+    factor = error_factor(hessian, damping * mean_diagonal(hessian))
     integers = round_with_feedback(w, factor, step, lambda y: y.round().clamp(-top, top), block)
     return integers.to(torch.int8), scale.squeeze(-1)
+
+
+def mean_diagonal(hessian: Tensor) -> Tensor:
+    """Mean of the diagonal of hessian [..., in, in] -> [..., 1]."""
+    return hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
 
 
 class ErrorFactor(NamedTuple):
@@ -1482,16 +1487,21 @@ class ErrorFactor(NamedTuple):
     upper: Tensor  # [..., in, in]: upper Cholesky factor of the damped hessian's inverse, in that order
     dead: Tensor  # [..., in]: inputs that are always zero
 
+    def levels(self) -> Tensor:
+        """log2 of the diagonal of `upper`, [..., in], in the hessian's own order of columns."""
+        diagonal = self.upper.diagonal(dim1=-2, dim2=-1).log2()
+        return torch.empty_like(diagonal).scatter_(-1, self.order, diagonal)
 
-def error_factor(hessian: Tensor, damping: float = 0.01) -> ErrorFactor:
-    """Factorize hessian [..., in, in] with `damping` times its mean diagonal added.
+
+def error_factor(hessian: Tensor, damping: Tensor) -> ErrorFactor:
+    """Factorize hessian [..., in, in] with `damping` [..., 1] added to its diagonal.
 
     Raises torch.linalg.LinAlgError if it is not positive definite then (it holds NaN, say).
     """
     h = hessian.float().clone()
     diagonal = h.diagonal(dim1=-2, dim2=-1)  # a view: writing to it writes to h
     dead = diagonal == 0
-    diagonal += damping * diagonal.mean(-1, keepdim=True) + dead  # a dead input gets a one, so h stays invertible
+    diagonal += damping + dead  # a dead input gets a one, so h stays invertible
     order = diagonal.sort(descending=True, stable=True).indices
     h = h.gather(-2, order[..., None].expand_as(h)).gather(-1, order[..., None, :].expand_as(h))
     return ErrorFactor(order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True), dead)
@@ -1527,29 +1537,30 @@ def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
 
 
 # Trellis-coded quantization (Marcellin and Fischer 1990). A column is coded from top to bottom in paths of TRELLIS_ROWS
-# entries, each from state 0. States 0 and 1 may take even multiples of the step, states 2 and 3 odd ones: an entry of
-# index k is (2 * k + state // 2) * step, and the parity of k chooses the next state. Every entry pays for a spacing of
-# two steps and errs as if it were less: 0.7 dB above Shannon's bound instead of a scalar quantizer's 1.5.
+# entries, each from state 0. Even states may take even multiples of the step, odd states odd ones: an entry of index k
+# is (2 * k + state % 2) * step, and the parity of k chooses the next state (the trellis of JPEG 2000, part 2). Every
+# entry pays for a spacing of two steps and errs as if it were less: 0.6 dB above Shannon's bound instead of a scalar
+# quantizer's 1.5.
 TRELLIS_ROWS = 64
-NEXT_STATE = ((0, 2), (2, 0), (1, 3), (3, 1))  # [state][parity of the index]
+NEXT_STATE = ((0, 1), (2, 3), (5, 4), (7, 6), (1, 0), (3, 2), (4, 5), (6, 7))  # [state][parity of the index]
 STEPS_PER_OCTAVE = 4  # resolution of a column's step and of a row's spread
 MOST_BITS = 6.0  # per weight: finer steps gain nothing that a score could show
 
 
 def trellis_round(values: Tensor) -> Tensor:
     """Round each row of values [paths, TRELLIS_ROWS] to the integers of the nearest path (Viterbi 1967), fp32."""
-    edges = sorted((nxt, state, state // 2 + 2 * parity) for state, row in enumerate(NEXT_STATE)
+    edges = sorted((nxt, state, state % 2 + 2 * parity) for state, row in enumerate(NEXT_STATE)
                    for parity, nxt in enumerate(row))  # two of them lead to each state; the last: the integer modulo 4
     _, source, residue = torch.tensor(edges, device=values.device).T
     y = values.t()[:, :, None]  # [TRELLIS_ROWS, paths, 1]
     nearest = torch.arange(4.0, device=values.device)
     nearest = ((y - nearest) / 4).round_() * 4 + nearest  # the nearest integer of each residue
-    error = (y - nearest).square_()[:, :, residue].unflatten(2, (4, 2))
+    error = (y - nearest).square_()[:, :, residue].unflatten(2, (-1, 2))
     cost = torch.full_like(error[0, :, :, 0], math.inf)
     cost[:, 0] = 0
     came_by = torch.empty(error.shape[:3], dtype=torch.long, device=values.device)
     for t in range(len(y)):
-        cost, came_by[t] = (cost[:, source].unflatten(1, (4, 2)) + error[t]).min(-1)
+        cost, came_by[t] = (cost[:, source].unflatten(1, (-1, 2)) + error[t]).min(-1)
     state = cost.argmin(1, keepdim=True)
     chosen = torch.empty_like(came_by[:, :, :1])
     for t in reversed(range(len(y))):
@@ -1566,6 +1577,16 @@ def round_columns(y: Tensor) -> Tensor:
     return trellis_round(paths.flatten(0, -2)).view(paths.shape).flatten(-2)[..., :rows, None]
 
 
+def round_thriftily(y: Tensor) -> Tensor:
+    """Round columns along trellis paths, a little towards zero where they have few bits.
+
+    A coder's price of a Gaussian's entries makes it twice as much; half of it, as measured, leaves the least distortion
+    at equal bytes, for the decoder knows nothing of it.
+    """
+    power = y.square().mean(-2, keepdim=True)
+    return round_columns(y * (power / (power + 0.125)))
+
+
 def walk_trellis(shape: tuple[int, ...], visit: Callable[[slice, np.ndarray], np.ndarray]):
     """Go along all paths of matrices [..., out, in] at once, from the top of each.
 
@@ -1577,7 +1598,7 @@ def walk_trellis(shape: tuple[int, ...], visit: Callable[[slice, np.ndarray], np
     for t in range(min(TRELLIS_ROWS, rows)):
         chosen = slice(t, None, TRELLIS_ROWS)
         state = state[..., :len(range(rows)[chosen]), :]
-        state = following[state, visit(chosen, state >> 1) & 1]
+        state = following[state, visit(chosen, state & 1) & 1]
 
 
 def trellis_indices(integers: np.ndarray) -> np.ndarray:
@@ -1612,33 +1633,33 @@ def column_steps(step: Tensor, columns: Tensor) -> Tensor:
 
 
 class TrellisQuantizer:
-    """Quantizes all matrices at one price of bits, with what does not depend on that price made once.
+    """Quantizes all matrices at one price of bits.
 
-    Rate allocation by reverse water-filling: errors cost sensitivity * error^2 / diagonal(U)^2 at every entry, U being
-    GPTQ's factor, so every column's step is in proportion to diagonal(U) / sqrt(sensitivity) (the columns' part is
-    WaterSIC's, arXiv 2603.04956), and the bits follow from the weights' spread. The ranks share each bank's matrices.
-    Columns come one after another and a path's entries, too: so many small operations are faster on the CPU.
+    Rate allocation by reverse water-filling: with each matrix's Hessian times its sensitivity, an error costs
+    error^2 / diagonal(U)^2 at every entry, U being GPTQ's factor, so every column's step is in proportion to
+    diagonal(U) (WaterSIC, arXiv 2603.04956), and the bits follow from the weights' spread. A Hessian is damped by what
+    an entry's error costs over the variance of its weights: directions that cost less are not worth a bit.
+    The ranks share each bank's matrices. Columns come one after another and a path's entries, too: so many small
+    operations are faster on the CPU.
     """
 
     def __init__(self, rt: Runtime, model: GPT, hessians: dict[str, Tensor], sensitivities: dict[str, Tensor]):
-        """Factorize this rank's Hessians."""
+        """Sort out this rank's matrices and find the mean spread of all weights in steps of price 0."""
         self.rt, self.small, self.parts, sites = rt, small_tensors(model), [], model.matrix_sites()
         self.weights, spreads = 0, torch.zeros((), dtype=torch.float64)
         for name, p in model.named_parameters():
             if name in self.small:
                 continue
             weight, share = p.detach().view(-1, *p.shape[-2:]).cpu(), rt.share(len(sites[name]))
-            names = [sites[name][i] for i in share] or sites[name][:1]  # a rank without a share: one, for the shapes
-            factor = ErrorFactor(*(t.cpu() for t in error_factor(torch.stack([hessians[site] for site in names]))))
-            diagonal = factor.upper.diagonal(dim1=-2, dim2=-1).log2()
-            diagonal = torch.empty_like(diagonal).scatter_(-1, factor.order, diagonal)
-            level = diagonal.mean(-1)
-            columns = (STEPS_PER_OCTAVE * (diagonal - level[:, None])).round_().clamp_(-128, 127).to(torch.int8)
-            level -= torch.stack([sensitivities[site] for site in names]).cpu().clamp_min(1e-30).log2() / 2
-            self.parts.append((name, weight, share, factor, columns, level))
+            own, hessian = weight[share.start:share.stop], None
+            if share:
+                hessian = torch.stack([hessians[site] * sensitivities[site].clamp_min(1e-20)
+                                       for site in sites[name][share.start:share.stop]])
+                levels = error_factor(hessian, 1e-3 * mean_diagonal(hessian)).levels().cpu()
+                spread = own.std(-1).clamp_min(1e-12).log2() - levels.mean(-1, keepdim=True)
+                spreads += weight.size(-1) * spread.double().sum()
+            self.parts.append((name, weight, share, own, hessian))
             self.weights += weight.numel()
-            spread = weight.std(-1)[share.start:share.stop].clamp_min(1e-12).log2() - level[:len(share), None]
-            spreads += weight.size(-1) * spread.double().sum()
         spreads = spreads.to(rt.device)
         rt.all_reduce(spreads)
         self.mean_spread = float(spreads) / self.weights
@@ -1649,23 +1670,30 @@ class TrellisQuantizer:
 
     @torch.no_grad()
     def quantize(self, price: float) -> dict[str, Tensor]:
-        """Make the artifact's tensors, on the CPU, with steps in proportion to 2^price.
+        """Make the artifact's tensors, on the CPU, with steps of 2^price * diagonal(U).
 
         A quantized parameter P of shape [..., out, in] becomes `P.q` (int32 [matrices, out, in], indices), `P.columns`
         (int8, exponents of the columns' steps), `P.step` (fp32, one per matrix) and `P.rows` (int8, exponents of the
         rows' spreads in steps, for the coder); a small one stays P (fp16).
         """
         tensors, progress = dict(self.small), Progress(self.rt, "trellis", self.weights)
-        for name, weight, share, factor, columns, level in self.parts:
+        for name, weight, share, own, hessian in self.parts:
             q = torch.zeros(weight.shape, dtype=torch.int32)
             side = [torch.zeros(len(weight), n) for n in (1, weight.size(2), weight.size(1))]
             if share:
-                mine, own = slice(share.start, share.stop), weight[share.start:share.stop]
+                mean, variance = mean_diagonal(hessian), own.var(-1).mean(-1, keepdim=True).clamp_min(1e-30)
+                cost = 0.25 * 4**price / variance  # an error's mean square is about a quarter of a squared step
+                factor = error_factor(hessian, torch.clamp(cost.to(mean), 1e-4 * mean, mean))
+                factor = ErrorFactor(*(t.cpu() for t in factor))
+                levels = factor.levels()
+                level = levels.mean(-1, keepdim=True)
                 step = torch.exp2(level + price)
-                q[mine] = round_with_feedback(own, factor, column_steps(step, columns), round_columns).int()
-                rows = STEPS_PER_OCTAVE * (own.std(-1).clamp_min(1e-30).log2() - step.log2()[:, None])
-                for whole, part in zip(side, (step[:, None], columns, rows.round().clamp(-128, 127))):
-                    whole[mine] = part.float()
+                columns = (STEPS_PER_OCTAVE * (levels - level)).round_().clamp_(-128, 127).to(torch.int8)
+                q[share.start:share.stop] = round_with_feedback(own, factor, column_steps(step[:, 0], columns),
+                                                                round_thriftily).int()
+                rows = STEPS_PER_OCTAVE * (own.std(-1).clamp_min(1e-30).log2() - step.log2())
+                for whole, part in zip(side, (step, columns, rows.round().clamp(-128, 127))):
+                    whole[share.start:share.stop] = part.float()
             shared = [whole.to(self.rt.device) for whole in (q, *side)]
             for whole in shared:
                 self.rt.all_reduce(whole)
@@ -1711,7 +1739,7 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
 #   streams: the tensors in the header's order, one plane per byte of the dtype, those of one dtype together and cut
 #   into pieces that are compressed each on its own (so that all cores work)
 
-ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 2
+ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 3
 ARTIFACT_PREFIX = struct.Struct("<4sHI32s")
 PIECE_BYTES, MAX_RAW_BYTES = 4 << 20, 1 << 30
 ARTIFACT_DTYPES = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "float16": torch.float16,
@@ -1761,10 +1789,14 @@ def byte_planes(tensor: Tensor) -> bytes:
 # that gives off 16-bit words: whole numbers only, so the same bits on every platform. An index becomes a symbol: itself
 # if it is small, else the number of its bits, which then stand among the escapes. Its distribution is the histogram of
 # its context: the class (how many steps its row and column make likely) and whether it stands for an odd multiple.
-FREQUENCY_BITS, SYMBOLS, DIRECT_BITS = 14, 64, 5
+# An integer and its negative are equally likely: they share a level, which is stored in eighths of an octave.
+FREQUENCY_BITS, DIRECT_BITS, SYMBOLS = 14, 6, 96
 CLASSES, CLASS_OF_ONE = 64, 16
+LEVEL_OF_SYMBOL = np.array([[(z + 1 - odd) // 2 if z < 1 << DIRECT_BITS else z for z in range(SYMBOLS)]
+                            for odd in (0, 1)])
+EIGHTHS = np.array([round(2**(16 + i / 8)) for i in range(8)])
 LEAST_STATE = 1 << 16
-CODE_TENSORS = ("code.tables", "code.escapes", "code.states", "code.words")
+CODE_TENSORS = ("code.levels", "code.escapes", "code.states", "code.words")
 
 
 def symbols_of(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1783,19 +1815,30 @@ def values_of(symbols: np.ndarray, escapes: np.ndarray) -> np.ndarray:
     return ((z >> 1) ^ -(z & 1)).astype(np.int32)
 
 
-def frequency_tables(counts: np.ndarray) -> np.ndarray:
-    """Scale counts [contexts, SYMBOLS] to whole numbers that add up to 2^FREQUENCY_BITS where anything was counted."""
-    total = counts.sum(1, keepdims=True)
-    scaled = np.maximum(counts * (1 << FREQUENCY_BITS) // np.maximum(total, 1), counts > 0)
-    scaled[np.arange(len(counts)), scaled.argmax(1)] += np.where(total[:, 0], (1 << FREQUENCY_BITS) - scaled.sum(1), 0)
-    return scaled.astype(np.uint16)
+def histogram_levels(counts: np.ndarray) -> np.ndarray:
+    """Turn counts [CLASSES, 2, SYMBOLS] into levels int8 [CLASSES, 2, SYMBOLS]: eighths of octaves, 0 for never."""
+    contexts = np.arange(2 * CLASSES).reshape(CLASSES, 2, 1) * SYMBOLS
+    total, shared = (np.bincount((contexts + LEVEL_OF_SYMBOL).ravel(), n, 2 * CLASSES * SYMBOLS).reshape(counts.shape)
+                     for n in (counts.ravel(), None))
+    mean = total / np.maximum(shared, 1)
+    below = np.log2(np.maximum(mean, 1e-9) / np.maximum(mean.max(2, keepdims=True), 1e-9))
+    return np.where(total > 0, (127 + 8 * below).round().clip(1, 127), 0).astype(np.int8)
+
+
+def frequency_tables(levels: np.ndarray) -> np.ndarray:
+    """Frequencies [2 * CLASSES, SYMBOLS] that add up to 2^FREQUENCY_BITS wherever a context has any level."""
+    levels = np.take_along_axis(levels.astype(np.int64), LEVEL_OF_SYMBOL[None], 2).reshape(-1, SYMBOLS)
+    mass = np.where(levels > 0, EIGHTHS[levels & 7] << (levels >> 3), 0)
+    total = mass.sum(1, keepdims=True)
+    scaled = np.maximum((mass << FREQUENCY_BITS) // np.maximum(total, 1), mass > 0)
+    scaled[np.arange(len(scaled)), scaled.argmax(1)] += np.where(total[:, 0], (1 << FREQUENCY_BITS) - scaled.sum(1), 0)
+    return scaled.astype(np.uint32)
 
 
 def rans_encode(chunks: list[np.ndarray], tables: np.ndarray, lanes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Code chunks of context * SYMBOLS + symbol under the tables -> (states uint32 [lanes], words uint16)."""
-    frequency = tables.astype(np.uint32)
-    start = (np.cumsum(frequency, 1, dtype=np.uint32) - frequency).ravel()
-    frequency, state, words = frequency.ravel(), np.full(lanes, LEAST_STATE, np.uint32), []
+    """Code chunks of context * SYMBOLS + symbol under frequency_tables -> (states uint32 [lanes], words uint16)."""
+    start = (np.cumsum(tables, 1, dtype=np.uint32) - tables).ravel()
+    frequency, state, words = tables.ravel(), np.full(lanes, LEAST_STATE, np.uint32), []
     for chunk in reversed(chunks):  # the decoder goes forward, so the encoder goes back
         for begin in reversed(range(0, len(chunk), lanes)):
             index = chunk[begin:begin + lanes]
@@ -1811,17 +1854,12 @@ class RansDecoder:
     """Reads back what rans_encode wrote, chunk by chunk."""
 
     def __init__(self, state: np.ndarray, words: np.ndarray, tables: np.ndarray):
-        """Begin at the first chunk; raise ArtifactError if a table is none."""
+        """Begin at the first chunk."""
         self.state, self.words, self.at = state.copy(), words, 0
-        frequency = tables.astype(np.uint32)
-        if frequency.shape != (2 * CLASSES, SYMBOLS) or frequency.max() > 1 << FREQUENCY_BITS or not np.isin(
-                frequency.sum(1), (0, 1 << FREQUENCY_BITS)).all():
-            raise ArtifactError("a table of frequencies does not add up")
-        self.start = (np.cumsum(frequency, 1, dtype=np.uint32) - frequency).ravel()
-        self.frequency = frequency.ravel()
+        self.start, self.frequency = (np.cumsum(tables, 1, dtype=np.uint32) - tables).ravel(), tables.ravel()
         self.symbol = np.zeros((len(tables), 1 << FREQUENCY_BITS), np.uint8)
         for row, f in zip(self.symbol, tables):
-            row[:int(f.sum(dtype=np.int64))] = np.repeat(np.arange(SYMBOLS), f)
+            row[:f.sum()] = np.repeat(np.arange(SYMBOLS), f)
 
     def read(self, contexts: np.ndarray) -> np.ndarray:
         """Decode one chunk: its contexts [n] -> its symbols [n]; raise ValueError where the words end too early."""
@@ -1855,7 +1893,7 @@ def trellis_contexts(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
 
 def lanes_for(indices: int) -> int:
     """How many lanes code so many indices: each takes 4 bytes, and few of them take long."""
-    return min(max(indices >> 13, 1), 1024)
+    return min(max(indices >> 14, 1), 1024)
 
 
 def encode_trellises(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -1875,9 +1913,9 @@ def encode_trellises(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         walk_trellis(indices.shape, visit)
     if chunks:
         counts = sum(np.bincount(chunk, minlength=2 * CLASSES * SYMBOLS) for chunk in chunks)
-        tables = frequency_tables(counts.reshape(-1, SYMBOLS))
-        states, words = rans_encode(chunks, tables, lanes_for(sum(map(len, chunks))))
-        code = (tables.astype(np.int32), np.concatenate(escapes), states.view(np.int32), words.view(np.int16))
+        levels = histogram_levels(counts.reshape(-1, 2, SYMBOLS))
+        states, words = rans_encode(chunks, frequency_tables(levels), lanes_for(sum(map(len, chunks))))
+        code = (levels, np.concatenate(escapes), states.view(np.int32), words.view(np.int16))
         plain |= zip(CODE_TENSORS, map(torch.from_numpy, code))
     return plain
 
@@ -1887,8 +1925,10 @@ def decode_trellises(tensors: dict[str, Tensor]):
     names = sorted(name[:-8] for name in tensors if name.endswith(".columns"))
     if not names:
         return
-    tables, escapes, states, words = (tensors.pop(name).numpy() for name in CODE_TENSORS)
-    decoder, at = RansDecoder(states.view(np.uint32), words.view(np.uint16), tables), 0
+    levels, escapes, states, words = (tensors.pop(name).numpy() for name in CODE_TENSORS)
+    if levels.shape != (CLASSES, 2, SYMBOLS) or levels.min() < 0:
+        raise ArtifactError("the entropy coder's histograms are none")
+    decoder, at = RansDecoder(states.view(np.uint32), words.view(np.uint16), frequency_tables(levels)), 0
     if len(states) != lanes_for(sum(tensors[f"{name}.rows"].numel() * tensors[f"{name}.columns"].size(-1)
                                     for name in names)):
         raise ArtifactError("the number of lanes does not fit")
