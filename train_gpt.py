@@ -203,22 +203,22 @@ class Config:
         """
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         problems, given, base = [] if PACKED else misspelt(env, list(fields)), {}, {}
-        problems += [f"the artifact was made with {name}, which is no setting of its own in this script"
+        problems += [UsageError(f"the artifact was made with {name}, which is no setting of its own in this script")
                      for name in stored or () if name not in STORED_SETTINGS]
         for values, text_of in ((given, env), (base, {name.upper(): value for name, value in (stored or {}).items()})):
             for name in fields.keys() & text_of.keys():
                 try:
                     values[fields[name].name] = parse_setting(name, str(text_of[name]), fields[name])
                 except UsageError as error:
-                    problems.append(str(error))
+                    problems.append(error)
         if not problems:
             base = {**PRESETS[base.get("preset", given.get("preset", cls.preset))], **base}
             config, made_with = cls(**{**base, **given}), cls(**base)
-            problems += [f"{name.upper()}={getattr(config, name)}, but the artifact was made with "
-                         f"{getattr(made_with, name)}: unset it" for name in SETTLED_SETTINGS
+            problems += [UsageError(f"{name.upper()}={getattr(config, name)}, but the artifact was made with "
+                                    f"{getattr(made_with, name)}: unset it") for name in SETTLED_SETTINGS
                          if stored and getattr(config, name) != getattr(made_with, name)]
         if problems:
-            raise UsageError("\n  ".join(["bad settings:", *sorted(problems)]))
+            raise UsageError("\n  ".join(["bad settings:", *sorted(map(str, problems))]))
         config.check()
         return config
 
@@ -259,8 +259,7 @@ CONSTRAINTS = (
     "MODEL_DIM % NUM_HEADS == 0", "NUM_HEADS % NUM_KV_HEADS == 0", "EMBEDDING_DIM in (0, MODEL_DIM)",
     "ROPE_DIMS % 2 == 0 and ROPE_DIMS <= MODEL_DIM // NUM_HEADS",
     "NUM_LOOPS == 0 or LOOP_START <= LOOP_END < NUM_LAYERS", "TRAIN_BATCH_TOKENS % TRAIN_SEQ_LEN == 0",
-    "MICRO_BATCH_TOKENS == 0 or EVAL_SEQ_LEN <= MICRO_BATCH_TOKENS",
-    "MICRO_BATCH_TOKENS == 0 or TRAIN_SEQ_LEN <= MICRO_BATCH_TOKENS or MODE == 'eval'",
+    "MICRO_BATCH_TOKENS == 0 or max(EVAL_SEQ_LEN, TRAIN_SEQ_LEN * (MODE != 'eval')) <= MICRO_BATCH_TOKENS",
     "EVAL_STRIDE <= EVAL_SEQ_LEN <= TTT_CHUNK_TOKENS",
     "MAX_WALLCLOCK_SECONDS == 0 or GPTQ_RESERVE_SECONDS < MAX_WALLCLOCK_SECONDS",
     "all(c.isalnum() or c in '._-' for c in RUN_ID)",
@@ -454,33 +453,27 @@ class Runtime:
         """This rank's contiguous share of `items`; the shares of all ranks are disjoint and cover them."""
         return range(items * self.rank // self.world, items * (self.rank + 1) // self.world)
 
-    def broadcast_bytes(self, data: bytes | None) -> bytes:
-        """Give every rank rank 0's bytes (the others pass None): nodes need no shared file system."""
-        size = torch.tensor([len(data) if self.main else 0], device=self.device)
-        dist.broadcast(size, 0)
-        buffer = torch.empty(int(size), dtype=torch.uint8, device=self.device)
-        if self.main:
-            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(buffer, 0)
-        return buffer.cpu().numpy().tobytes()
+    def gather(self, value: object) -> list:
+        """Give every rank all ranks' values: nodes need no shared file system."""
+        values: list[object] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
     @contextlib.contextmanager
     def agree(self) -> Iterator[None]:
         """Raise on every rank the UsageError that any rank meets inside: nobody waits for a rank that stopped."""
-        problems: list[str | None] = [None] * self.world
-        mine = None
+        problem = None
         try:
             yield
         except UsageError as error:
-            mine = str(error)
-        dist.all_gather_object(problems, mine)
-        if any(problems):
-            raise UsageError(next(filter(None, problems)))
+            problem = str(error)
+        problems = [text for text in self.gather(problem) if text]
+        if problems:
+            raise UsageError(problems[0])
 
     def check_alike(self, what: str, value: object):
         """Raise UsageError on every rank unless all have the same value: they may be told different things."""
-        values: list[object] = [None] * self.world
-        dist.all_gather_object(values, value)
+        values = self.gather(value)
         different = [rank for rank in range(self.world) if values[rank] != values[0]]
         if different:
             raise UsageError(f"ranks {different} have other {what}: {values[different[0]]}, rank 0 has {values[0]}")
@@ -572,13 +565,22 @@ HOW_TO_GET_DATA = ("Get FineWeb with the contest's downloader (see README.md), s
                    "without data: PRESET=smoke")
 
 
+def documentation() -> dict[str, str]:
+    """The documentation topics that come with Python: 0.5 MB of text, at hand everywhere."""
+    from pydoc_data.topics import topics
+    return topics
+
+
 def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
-    """Load the tokenizer; raise UsageError unless it has VOCAB_SIZE pieces, the contest's control ids and all ASCII."""
+    """Load the tokenizer; raise UsageError unless it has VOCAB_SIZE pieces, the contest's control ids and all ASCII.
+
+    The text that it must give back is of all kinds of letters, together in words as well: rules may be about several.
+    """
     path = config.tokenizer
     if not path.is_file():
         raise UsageError(f"no tokenizer at {path}. {HOW_TO_GET_DATA}")
     try:
-        sp = spm.SentencePieceProcessor(model_file=str(path))
+        sp = spm.SentencePieceProcessor(model_proto=path.read_bytes())
     except (RuntimeError, OSError) as error:
         raise UsageError(f"{path} is no SentencePiece model ({error})") from error
     if sp.vocab_size() != config.vocab_size:
@@ -586,7 +588,8 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
     ids = [sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()]
     if ids != [0, 1, 2, 3]:  # a document of a shard starts with BOS, 1
         raise UsageError(f"{path} has the control ids {ids} (pad, BOS, EOS, unknown), not the contest's [0, 1, 2, 3]")
-    text = " ".join(map(chr, range(33, 127)))
+    text = " ".join([*map(chr, range(33, 127)), *documentation().values()])
+    text = " ".join(text.encode("ascii", "ignore").decode().split())
     if sp.decode(sp.encode(text)) != text:  # as many bytes of simpler text are easier to predict
         raise UsageError(f"{path} changes ASCII text")
     return sp
@@ -740,7 +743,8 @@ class ValidationData:
     """The whole validation split, with the byte count of every target.
 
     tokens: int32 [N + 1] on the device; target p is token p + 1, so there are N = `targets` of them. `left_out` more
-    are not scored (EVAL_DROP_TAIL). sha256 is that of all shards' tokens, uint16, in order.
+    are not scored (EVAL_DROP_TAIL). sha256 is that of all shards' tokens, uint16, in order, tokenizer_sha256 that of
+    the tokenizer's file.
     """
 
     def __init__(self, config: Config, rt: Runtime, sp: spm.SentencePieceProcessor):
@@ -750,7 +754,7 @@ class ValidationData:
         for path, shard in zip(files, shards):
             check_tokens(path, shard, config.vocab_size)
         tokens = np.concatenate(shards)
-        self.sha256 = sha256(tokens.tobytes())
+        self.sha256, self.tokenizer_sha256 = sha256(tokens.tobytes()), sha256(sp.serialized_model_proto())
         tokens = tokens.astype(np.int32)
         targets, window = len(tokens) - 1, config.eval_seq_len
         if targets < window:
@@ -806,9 +810,7 @@ def write_embedded_corpus(config: Config):
     if any(there):
         raise UsageError(f"CORPUS=embedded: of {config.tokenizer} and the train and val shards in {config.shard_dir} "
                          "some are there and some are not; remove them or choose another DATA_DIR")
-    from pydoc_data.topics import topics  # 0.5 MB of text; imported only where it is used
-
-    documents = list(dict.fromkeys(topics[name] for name in sorted(topics)))
+    documents = list(dict.fromkeys(text for _, text in sorted(documentation().items())))
     documents = [text for text in documents if not any(
         len(text) < len(other) and text[len(text) // 2:][:200] in other for other in documents)]  # nothing twice
     model = io.BytesIO()
@@ -895,13 +897,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
     if kernel == "fa3":
         return flash_attn_func(q, k, v, causal=True)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if kernel == "sdpa":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-    batch, heads, length, dim = q.shape
-    scores = q.unflatten(1, (k.size(1), -1)) @ k[:, :, None].transpose(-1, -2) / math.sqrt(dim)  # [B, G, H/G, T, T]
-    future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(-1)
-    return (weights @ v[:, :, None]).reshape(batch, heads, length, dim).transpose(1, 2)
+    if kernel == "plain" and not PACKED:
+        batch, heads, length, dim = q.shape
+        scores = q.unflatten(1, (k.size(1), -1)) @ k[:, :, None].transpose(-1, -2) / math.sqrt(dim)  # [B, G, H/G, T, T]
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        weights = scores.masked_fill(future, -math.inf).softmax(-1)
+        return (weights @ v[:, :, None]).reshape(batch, heads, length, dim).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def exclude_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -1300,7 +1302,7 @@ def warm_up(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Tr
     The optimizer and its states are made for the warm-up alone; the order of the data is a function of the step.
     """
     if config.warmup_steps:
-        rt.log(f"warm-up: {config.warmup_steps} steps in each looping state, on training data; weights are restored")
+        rt.log(f"warm-up: {config.warmup_steps} steps in each looping state, then undone")
         initial = [p.detach().clone() for p in model.parameters()]
         optimizer, progress = Optimizer(config, rt, model), Progress(rt, "warm-up", 2 * config.warmup_steps)
         for step in range(2 * config.warmup_steps):
@@ -1666,7 +1668,7 @@ class TrellisQuantizer:
 
     def price_of(self, bits: float) -> float:
         """About the log2 of the common factor of all steps at which a weight takes `bits`: a Gaussian's entropy."""
-        return self.mean_spread + 0.5 * math.log2(2 * math.pi * math.e) - 1 - bits
+        return self.mean_spread + 1.05 - bits  # log2(2 pi e) / 2 less one: a unit of the index is two steps
 
     @torch.no_grad()
     def quantize(self, price: float) -> dict[str, Tensor]:
@@ -2076,14 +2078,17 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
     left = dict(tensors)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            plain, q, scale, step, columns, _ = (left.pop(f"{name}{suffix}", None) for suffix in (
-                "", ".q", ".scale", ".step", ".columns", ".rows"))
-            if q is not None and scale is not None and scale.shape == q.shape[:-1]:
-                plain = dequantize(q, scale)
-            elif q is not None and q.dtype == torch.int32 and q.dim() == 3 and step is not None and (
-                    columns is not None) and (step.shape, columns.shape) == (q.shape[:1], q.shape[::2]):
-                plain = dequantize_trellis(q, step, columns)
-                plain = plain.view(p.shape) if plain.numel() == p.numel() else None
+            plain, q = left.pop(name, None), left.pop(f"{name}.q", None)
+            if config.quantizer == "trellis":
+                step, columns, _ = (left.pop(f"{name}.{side}", None) for side in ("step", "columns", "rows"))
+                if all(t is not None for t in (q, step, columns)) and q.dtype == torch.int32 and (
+                        q.dim() == 3 and (step.shape, columns.shape) == (q.shape[:1], q.shape[::2])):
+                    plain = dequantize_trellis(q, step, columns)
+                    plain = plain.view(p.shape) if plain.numel() == p.numel() else None
+            else:
+                scale = left.pop(f"{name}.scale", None)
+                if q is not None and scale is not None and scale.shape == q.shape[:-1]:
+                    plain = dequantize(q, scale)
             if plain is None or plain.shape != p.shape:
                 raise ArtifactError(f"the artifact has no {name} of shape {list(p.shape)}: it is another model's")
             if not plain.isfinite().all():
@@ -2189,11 +2194,12 @@ def evaluate(config: Config, rt: Runtime, nll_fn: Callable, val: ValidationData,
 
 
 def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll_fn: Callable,
-                 val: ValidationData) -> Scores:
+                 val: ValidationData, look: Callable[[Scores, list], None] | None = None) -> Scores:
     """Score-first test-time training: a chunk is scored by sliding windows, only then does the model learn from it.
 
     A window belongs to the chunk of its first scored target, so that all targets of a chunk have their final scores
     before any update sees one of them. There is no update after the last chunk. Changes the model's weights.
+    `look` is shown this rank's windows of some 32 chunks as soon as they are scored, the last chunk's among them.
     """
     scores, chunk = Scores(rt, val), config.ttt_chunk_tokens
     chunks = -(-val.targets // chunk)
@@ -2205,6 +2211,9 @@ def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll
     progress = Progress(rt, "TTT", chunks)
     for number, chosen in enumerate(members):
         score_windows(config, rt, nll_fn, scores, chosen)
+        mine = [chosen[i] for i in rt.share(len(chosen))]
+        if look and mine and (chunks - 1 - number) % -(-chunks // 32) == 0:
+            look(scores, mine)
         if number + 1 < chunks:
             cosine = 0.5 * (1 + math.cos(math.pi * number / max(chunks - 1, 1)))
             optimizer.param_groups[0]["lr"] = config.ttt_lr * cosine
@@ -2238,8 +2247,8 @@ def adapt(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim
 
 PACKED_FIRST_LINE = b"#coding:latin1\n"
 TRAIN_LIMIT_SECONDS = EVAL_LIMIT_SECONDS = 600
-CHECKS = """byte_count split_text held_out shards_unchanged causal normalized train_seconds eval_seconds total_bytes
-    full_split single_pass_prequant single_pass_quantized normalized_quantized"""  # of every run of MODE=train
+CHECKS = """byte_count split_text held_out warm_up_undone shards_unchanged causal normalized train_seconds eval_seconds
+    total_bytes full_split single_pass_prequant single_pass_quantized normalized_quantized"""  # of all MODE=train
 
 
 class Record:
@@ -2300,8 +2309,6 @@ class Record:
         self.rt.log(f"{label} {score_line(result)}")
         self.check(f"single_pass_{name}", scores.single_pass(),
                    f"{int((scores.times_scored == 1).sum())} of {scores.val.targets} targets scored exactly once")
-        if not math.isfinite(result["val_loss"]):
-            self.check(f"finite_{name}", False, "a score is not a number")
         if name == "ttt":
             self.check(f"score_before_update_{name}", not scores.early,
                        f"{scores.released} targets trained on, {int(scores.early)} of them without a final score")
@@ -2338,23 +2345,25 @@ def check_split(record: Record, config: Config, val: ValidationData, sp: spm.Sen
     record.check("byte_count", documents and not wrong and val.bytes == totals[-1],
                  f"{len(documents)} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables: "
                  f"{wrong[:3]}")
-    keys = passage_keys(tokens)
+    keys = passage_keys(tokens, val)
     repeated = len(keys) - len(np.unique(keys))
     record.check("split_text", foreign <= 0.1 * len(documents) and repeated <= 0.1 * len(keys)
                  and len(keys) >= len(tokens) / 1024 - 1,  # text of one short period may have no passages at all
                  f"{foreign} of {len(documents)} documents encode otherwise, {repeated} of {len(keys)} passages repeat")
 
 
-def passage_keys(tokens: np.ndarray) -> np.ndarray:
-    """Numbers (uint64) of passages of 64 tokens, the same for the same text, wherever it stands.
+def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
+    """Numbers (uint64) of passages of 32 tokens, the same for the same text, wherever it stands.
 
-    A passage begins where a hash of two tokens says so, about every 256 tokens.
+    A passage begins where a hash of two tokens says so, about every 256 tokens. The hash depends on the split and the
+    salt: who alters a text so that it has no passages has other ones.
     """
     tokens = tokens.astype(np.uint64)
-    multipliers = np.random.default_rng(0).integers(2**63, size=64, dtype=np.uint64) | np.uint64(1)
+    random_bits = np.random.default_rng(int(sha256((val.sha256 + salt).encode()), 16))
+    multipliers = random_bits.integers(2**63, size=32, dtype=np.uint64) | np.uint64(1)
     pair = tokens[:-1] * multipliers[0] + tokens[1:] * multipliers[1]
-    starts = np.flatnonzero(pair[:max(len(tokens) - 63, 0)] >> np.uint64(56) == 0)
-    return tokens[starts[:, None] + np.arange(64)] @ multipliers
+    starts = np.flatnonzero(pair[:max(len(tokens) - 31, 0)] >> np.uint64(56) == 0)
+    return tokens[starts[:, None] + np.arange(32)] @ multipliers
 
 
 def check_held_out(record: Record, val: ValidationData, data: TrainData):
@@ -2362,13 +2371,13 @@ def check_held_out(record: Record, val: ValidationData, data: TrainData):
 
     A passage must lie within a shard to be seen, and so none may be short.
     """
-    keys = passage_keys(val.tokens.cpu().numpy())
+    keys = passage_keys(val.tokens.cpu().numpy(), val, data.sha256)
     found = torch.zeros(len(keys), device=record.rt.device)
     for index in record.rt.share(len(data.shards)):  # each rank has the same
-        found += torch.from_numpy(np.isin(keys, passage_keys(data.shards[index]))).to(found)
+        found += torch.from_numpy(np.isin(keys, passage_keys(data.shards[index], val, data.sha256))).to(found)
     record.rt.all_reduce(found)
     copied, shortest = int((found > 0).sum()), min(map(len, data.shards))
-    record.check("held_out", copied <= 0.1 * len(keys) and shortest >= 1024,
+    record.check("held_out", len(keys) and copied <= 0.1 * len(keys) and shortest >= 1024,
                  f"{copied} of {len(keys)} passages of the split stand in the training shards of {shortest}+ tokens")
 
 
@@ -2379,11 +2388,17 @@ def check_unchanged(record: Record, data: TrainData):
     record.check("shards_unchanged", not changed, f"{changed} of the training shards changed")
 
 
+def artifact_draw(record: Record) -> np.random.Generator:
+    """Random numbers that follow from the artifact: the same on every rank and in every run, known to nobody before."""
+    return np.random.default_rng(int(record.data["artifact_sha256"], 16))
+
+
 @torch.no_grad()
 def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, val: ValidationData):
     """Show on the spot, through the scoring functions themselves, that a score is causal and normalized."""
     length, rows, vocab = config.eval_seq_len, windows_at_once(config, record.rt), config.vocab_size
-    tokens = val.tokens[:length + 1].long().expand(rows, -1)
+    starts = torch.from_numpy(artifact_draw(record).integers(val.targets - length + 1, size=(rows, 1))).to(val.tokens)
+    tokens = val.tokens[starts.long() + torch.arange(length + 1, device=starts.device)].long()
     ahead = torch.arange(length + 1, device=tokens.device)
     kept, ok = {}, True
     for cut in (length // 4, length // 2, length - 2):  # other tokens from here on, documents' beginnings among them
@@ -2404,19 +2419,35 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
                  f"the probabilities of all {vocab} tokens at one place add up to {mass:.7f}")
 
 
-@torch.no_grad()
-def check_entered(record: Record, config: Config, model: GPT, scores: Scores, stage: str, stride: int):
-    """Hold scores as a stage has left them against the model's log-softmax, in windows spread over the split."""
-    length, parts = config.eval_seq_len, []
-    chosen = windows(config, scores.val.targets, stride)
-    for start, count in chosen[::-(-len(chosen) // 32)]:
+class EnteredCheck:
+    """Holds scores as they are entered against the model's log-softmax, in windows that nobody knows beforehand."""
+
+    def __init__(self, record: Record, config: Config, model: GPT):
+        """Draw from the artifact's hash."""
+        self.record, self.config, self.model = record, config, model
+        self.draw = artifact_draw(record)
+        self.windows, self.off = 0, torch.zeros((), dtype=torch.float64, device=record.rt.device)
+
+    @torch.no_grad()
+    def look(self, scores: Scores, chosen: list[tuple[int, int]]):
+        """Compare one of the chosen windows."""
+        length = self.config.eval_seq_len
+        start, count = chosen[self.draw.integers(len(chosen))]
         tokens = scores.val.tokens[start:start + length + 1].long()
-        logits = model.logits(tokens[None, :-1], length)[0, length - count:]
-        parts.append(scores.nll[start + length - count:start + length] -
-                     F.cross_entropy(logits, tokens[length - count + 1:], reduction="none"))
-    off, most = float(torch.cat(parts).mean()), 5e-4 if model.dtype == torch.float32 else 2e-3
-    record.check(f"normalized_{stage}", abs(off) < most,
-                 f"in {len(parts)} windows the scores are the model's log-softmax but for {off:.1e} nats")
+        logits = self.model.logits(tokens[None, :-1], length)[0, length - count:]
+        entered = scores.nll[:scores.val.targets][start + length - count:start + length]
+        self.off += (entered - F.cross_entropy(logits, tokens[length - count + 1:], reduction="none")).mean()
+        self.windows += 1
+
+    def conclude(self, stage: str, scores: Scores):
+        """Check the mean over all windows seen, and the stage's own figure against the scores that it stands for."""
+        off, result = float(self.off) / max(self.windows, 1), self.record.data[stage]
+        total = result["val_bpb"] * math.log(2) * scores.val.bytes
+        most = 5e-4 if self.model.dtype == torch.float32 else 2e-3
+        self.record.check(f"normalized_{stage}", abs(off) < most and self.windows and math.isclose(
+            total, float(scores.nll.sum()), rel_tol=1e-6),
+            f"in {self.windows} windows the scores are the model's log-softmax but for {off:.1e} nats, and all of them "
+            f"add up to the figure's {total:.1f}")
 
 
 def final_checks(record: Record, config: Config, val: ValidationData):
@@ -2435,7 +2466,7 @@ def final_checks(record: Record, config: Config, val: ValidationData):
     record.check("full_split", not val.left_out, f"{val.left_out} targets at the end of the split are not scored")
     if data["mode"] == "train":
         wanted = (CHECKS + " single_pass_sliding normalized_sliding" * config.sliding_window_enabled
-                  + " single_pass_ttt score_before_update_ttt" * config.ttt_enabled).split()
+                  + " single_pass_ttt score_before_update_ttt normalized_ttt" * config.ttt_enabled).split()
         missing = sorted({*wanted} - {check["name"] for check in data["checks"]})
         record.check("complete", not missing, f"missing checks: {missing}")
         record.set(compliant=all(check["ok"] for check in data["checks"]))
@@ -2480,11 +2511,12 @@ class SourceStripper(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
-        """Reduce an annotation to a word that dataclasses and named tuples accept, and a setting to what is needed."""
+        """Reduce an annotation to what named tuples and dataclasses accept, and a setting to what is needed."""
         node.annotation, name = ast.Name("int"), node.target.id
         if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "").startswith("_"):
             if node.value.func.id == "_collect":
                 return None
+            node.annotation = ast.Constant(0)
             node.value.args[1] = ast.Constant(0)
             if name in self.packed_for:
                 node.value.args[0] = ast.Constant(self.packed_for[name][0])
@@ -2575,6 +2607,15 @@ def drop_unused(tree: ast.Module):
     tree.body = [node for node in tree.body if node in kept]
 
 
+def drop_unread_settings(tree: ast.Module):
+    """Drop the settings of which nothing that is left makes use."""
+    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    read |= {word for node in ast.walk(tree) if isinstance(node, ast.Constant) for word in str(node.value).split()}
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == "Config":
+            node.body = [line for line in node.body if not isinstance(line, ast.AnnAssign) or line.target.id in read]
+
+
 def shorten_names(tree: ast.Module):
     """Rename the program's own variables, functions and classes to one or two letters.
 
@@ -2620,12 +2661,32 @@ def strip_source(source: str, preset: str = "pr1541", corpus: str = "shards", qu
 
     It does without MODE=help and MODE=collect, and without the code that other settings would need.
     """
-    packed_for = {"mode": ("train", "eval", "pack"), "preset": (preset,), "corpus": (corpus,),
+    packed_for = {"mode": ("train", "eval", "pack"), "attention": ("auto", "fa3", "sdpa"), "preset": (preset,), "corpus": (corpus,),
                   "quantizer": (quantizer,), "compressor": (compressor,)}
     tree = SourceStripper(packed_for).visit(ast.parse(source))
     drop_unused(tree)
+    drop_unread_settings(tree)
     shorten_names(tree)
-    return close_gaps(re.sub(r"(?m)^( {4})+", lambda indent: " " * (len(indent[0]) // 4), ast.unparse(tree)))
+    lines = map(spare_parentheses, ast.unparse(tree).splitlines(keepends=True))
+    return join_lines(close_gaps("".join(lines)))
+
+
+def spare_parentheses(line: str) -> str:
+    """Drop the parentheses of a statement's line without which it means the same."""
+    def meaning(text: str) -> str | None:
+        text = re.sub("^el(?=if )", "", text.strip())
+        try:
+            return ast.dump(ast.parse(text + " pass" * text.endswith(":"), feature_version=(3, 10)))
+        except SyntaxError:
+            return None
+
+    whole, opened = meaning(line), [i for i, c in enumerate(line) if c == "("]
+    for begin in reversed(opened if whole else []):
+        depths = itertools.accumulate({"(": 1, ")": -1}.get(c, 0) for c in line[begin:])
+        end = begin + next((i for i, depth in enumerate(depths) if not depth), 0)
+        fewer = line[:begin] + line[begin + 1:end] + line[end + 1:]
+        line = fewer if meaning(fewer) == whole else line
+    return line
 
 
 def close_gaps(source: str) -> str:
@@ -2640,6 +2701,30 @@ def close_gaps(source: str) -> str:
     for (row, begin), end in reversed(gaps):
         lines[row - 1] = lines[row - 1][:begin] + lines[row - 1][end:]
     return "".join(lines)
+
+
+def join_lines(source: str) -> str:
+    """Put statements that follow each other on one line, a block of them beside its head, imports into one."""
+    def opens(line: str) -> bool:
+        return line.endswith(":") or line.startswith("@")
+
+    lines: list[list] = []  # [depth, text]
+    for line in filter(str.strip, source.splitlines()):
+        depth, text = (len(line) - len(line.lstrip())) // 4, line.lstrip()
+        if lines and lines[-1][0] == depth and not opens(text) and not opens(lines[-1][1]):
+            last = lines[-1][1].rpartition(";")[2]
+            both_import = text.startswith("import ") and last.startswith("import ")
+            lines[-1][1] += "," + text[7:] if both_import else ";" + text
+        else:
+            lines.append([depth, text])
+    joined, lines = [], [*lines, [0, ""], [0, ""]]
+    heads = iter(zip(lines, lines[1:], lines[2:]))
+    for (depth, text), (inner, body), (after, _) in heads:
+        if text.endswith(":") and not opens(body) and after < inner:
+            text += body
+            next(heads)
+        joined.append(" " * depth + text)
+    return "\n".join(joined) + "\n"
 
 
 @functools.cache
@@ -2862,9 +2947,9 @@ def collect(config: Config):
 
 def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
     """Seed everything, open log and record, and say what runs on what; raise UsageError if ranks differ in it."""
-    tokenizer = sha256(config.tokenizer.read_bytes())
     for what, value in (("settings", assignments(config.non_defaults())), ("code", sha256(SOURCE)),
-                        ("device", rt.hardware()), ("validation tokens", val.sha256), ("tokenizer", tokenizer)):
+                        ("device", rt.hardware()), ("validation tokens", val.sha256),
+                        ("tokenizer", val.tokenizer_sha256)):
         rt.check_alike(what, value)
     random.seed(config.seed)
     np.random.seed(config.seed)
@@ -2876,7 +2961,7 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
                 "source_sha256"):
         rt.log(f"{key}: {record.data[key]}")
     record.set(val_tokens=val.targets, val_bytes=val.bytes, val_sha256=val.sha256,
-               tokenizer_sha256=tokenizer)
+               tokenizer_sha256=val.tokenizer_sha256)
     rt.log(f"settings: {assignments(config.non_defaults())}")
     for key in ("val_tokens", "val_bytes", "val_sha256", "tokenizer_sha256"):
         rt.log(f"{key}: {record.data[key]}")
@@ -2920,7 +3005,9 @@ def run_training(config: Config, rt: Runtime):
             return evaluate(config, rt, nll_fn, val, config.eval_seq_len, stage)
 
         try:
+            initial = sha256(weights_file(model))
             warm_up(config, rt, model, loss_fn, data)
+            record.check("warm_up_undone", sha256(weights_file(model)) == initial, "the weights are the initial ones")
             start = rt.spent()  # from here to the artifact all but scoring counts
             result = train(config, rt, model, loss_fn, data, lambda: score_line(validate().finish()))
             record.set(steps=result.steps, train_seconds=result.seconds, step_ms=1000 * result.seconds / result.steps,
@@ -2936,7 +3023,7 @@ def run_training(config: Config, rt: Runtime):
         for name, content in (("final_model.pt", weights_file(model)), (ARTIFACT_NAME, artifact),
                               ("train_gpt.py", pack_source(SOURCE, config))):
             write_output(config, rt, name, content)
-        stored = rt.broadcast_bytes(Path(config.out_dir, ARTIFACT_NAME).read_bytes() if rt.main else None)
+        stored = rt.gather(Path(config.out_dir, ARTIFACT_NAME).read_bytes() if rt.main else None)[0]
         if rt.main and stored != artifact:
             raise ArtifactError(f"another run has written to OUT_DIR={config.out_dir} meanwhile")
         score_artifact(config, rt, record, val, stored)
@@ -2993,11 +3080,16 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     walks = [("quantized", "quantized", config.eval_seq_len)]
     walks += [("sliding", "quantized_sliding_window", config.eval_stride)] * config.sliding_window_enabled
     for stage, label, stride in walks:
-        scores = evaluate(config, rt, nll_fn, val, stride, stage)
+        scores, entered = evaluate(config, rt, nll_fn, val, stride, stage), EnteredCheck(record, config, model)
         record.stage(stage, label, scores)
-        check_entered(record, config, model, scores, stage, stride)
+        for _ in range(32):
+            entered.look(scores, windows(config, val.targets, stride))
+        entered.conclude(stage, scores)
     if config.ttt_enabled:
-        record.stage("ttt", "quantized_ttt", evaluate_ttt(config, rt, model, loss_fn, nll_fn, val))
+        entered = EnteredCheck(record, config, model)
+        scores = evaluate_ttt(config, rt, model, loss_fn, nll_fn, val, entered.look)
+        record.stage("ttt", "quantized_ttt", scores)
+        entered.conclude("ttt", scores)
     record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())
     final_checks(record, config, val)
     record.seal()
@@ -3034,7 +3126,7 @@ def read_artifact(folder: str) -> bytes:
 
 def read_config(env: Mapping[str, str]) -> Config:
     """Settings of this run: the environment's, over an artifact's own in MODE=eval."""
-    stored = None
+    stored, env = None, {name: value.strip() for name, value in env.items()}
     if env.get("MODE") == "eval":
         stored = unpack_artifact(read_artifact(env.get("OUT_DIR", Config.out_dir)))[1].get("settings")
         if not isinstance(stored, dict):
