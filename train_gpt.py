@@ -2194,7 +2194,7 @@ def evaluate(config: Config, rt: Runtime, nll_fn: Callable, val: ValidationData,
 
 
 def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll_fn: Callable,
-                 val: ValidationData, look: Callable[[Scores, list], None] | None = None) -> Scores:
+                 val: ValidationData, look: Callable[[Scores, list], object] = lambda *_: None) -> Scores:
     """Score-first test-time training: a chunk is scored by sliding windows, only then does the model learn from it.
 
     A window belongs to the chunk of its first scored target, so that all targets of a chunk have their final scores
@@ -2212,7 +2212,7 @@ def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll
     for number, chosen in enumerate(members):
         score_windows(config, rt, nll_fn, scores, chosen)
         mine = [chosen[i] for i in rt.share(len(chosen))]
-        if look and mine and (chunks - 1 - number) % -(-chunks // 32) == 0:
+        if mine and (chunks - 1 - number) % -(-chunks // 32) == 0:
             look(scores, mine)
         if number + 1 < chunks:
             cosine = 0.5 * (1 + math.cos(math.pi * number / max(chunks - 1, 1)))
@@ -2419,35 +2419,22 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
                  f"the probabilities of all {vocab} tokens at one place add up to {mass:.7f}")
 
 
-class EnteredCheck:
-    """Holds scores as they are entered against the model's log-softmax, in windows that nobody knows beforehand."""
+@torch.no_grad()
+def deviation(config: Config, model: GPT, scores: Scores, window: tuple[int, int]) -> float:
+    """By how many nats per token the scores as entered for a window differ from the model's log-softmax."""
+    (start, count), length = window, config.eval_seq_len
+    tokens = scores.val.tokens[start:start + length + 1].long()
+    logits = model.logits(tokens[None, :-1], length)[0, length - count:]
+    nll = F.cross_entropy(logits, tokens[length - count + 1:], reduction="none")
+    return float((scores.nll[start + length - count:][:len(nll)] - nll).mean())
 
-    def __init__(self, record: Record, config: Config, model: GPT):
-        """Draw from the artifact's hash."""
-        self.record, self.config, self.model = record, config, model
-        self.draw = artifact_draw(record)
-        self.windows, self.off = 0, torch.zeros((), dtype=torch.float64, device=record.rt.device)
 
-    @torch.no_grad()
-    def look(self, scores: Scores, chosen: list[tuple[int, int]]):
-        """Compare one of the chosen windows."""
-        length = self.config.eval_seq_len
-        start, count = chosen[self.draw.integers(len(chosen))]
-        tokens = scores.val.tokens[start:start + length + 1].long()
-        logits = self.model.logits(tokens[None, :-1], length)[0, length - count:]
-        entered = scores.nll[:scores.val.targets][start + length - count:start + length]
-        self.off += (entered - F.cross_entropy(logits, tokens[length - count + 1:], reduction="none")).mean()
-        self.windows += 1
-
-    def conclude(self, stage: str, scores: Scores):
-        """Check the mean over all windows seen, and the stage's own figure against the scores that it stands for."""
-        off, result = float(self.off) / max(self.windows, 1), self.record.data[stage]
-        total = result["val_bpb"] * math.log(2) * scores.val.bytes
-        most = 5e-4 if self.model.dtype == torch.float32 else 2e-3
-        self.record.check(f"normalized_{stage}", abs(off) < most and self.windows and math.isclose(
-            total, float(scores.nll.sum()), rel_tol=1e-6),
-            f"in {self.windows} windows the scores are the model's log-softmax but for {off:.1e} nats, and all of them "
-            f"add up to the figure's {total:.1f}")
+def check_entered(record: Record, scores: Scores, stage: str, deviations: list[float], most: float):
+    """Check scores by some windows' deviations, and the stage's figure against the scores that it stands for."""
+    off, total = sum(deviations) / len(deviations), record.data[stage]["val_bpb"] * math.log(2) * scores.val.bytes
+    record.check(f"normalized_{stage}", abs(off) < most and math.isclose(total, scores.nll.sum(), rel_tol=1e-6),
+                 f"in {len(deviations)} windows the scores are the model's log-softmax but for {off:.1e} nats, and all "
+                 f"scores add up to the figure's {total:.1f}")
 
 
 def final_checks(record: Record, config: Config, val: ValidationData):
@@ -2495,6 +2482,8 @@ class SourceStripper(ast.NodeTransformer):
     where `PACKED` or `config.<setting> == "<value>"` decides it.
     """
 
+    EXPLANATIONS = ("HOW_TO_GET_DATA", "allowed_values")
+
     def __init__(self, packed_for: Mapping[str, tuple[str, ...]]):
         """Note which values of which settings the packed script is for."""
         self.packed_for = packed_for
@@ -2506,7 +2495,7 @@ class SourceStripper(ast.NodeTransformer):
         if isinstance(next(iter(node.args[place:]), None), (ast.Constant, ast.JoinedStr)):
             parts = getattr(node.args[place], "values", ())
             values = [part.value for part in parts if isinstance(part, ast.FormattedValue)
-                      and getattr(part.value, "id", "") != "HOW_TO_GET_DATA"]
+                      and getattr(getattr(part.value, "func", part.value), "id", "") not in self.EXPLANATIONS]
             node.args[place] = ast.Tuple([ast.Constant(node.lineno), *values], ast.Load())
         return self.generic_visit(node)
 
@@ -2661,8 +2650,8 @@ def strip_source(source: str, preset: str = "pr1541", corpus: str = "shards", qu
 
     It does without MODE=help and MODE=collect, and without the code that other settings would need.
     """
-    packed_for = {"mode": ("train", "eval", "pack"), "attention": ("auto", "fa3", "sdpa"), "preset": (preset,), "corpus": (corpus,),
-                  "quantizer": (quantizer,), "compressor": (compressor,)}
+    packed_for = {"mode": ("train", "eval", "pack"), "attention": ("auto", "fa3", "sdpa"), "preset": (preset,),
+                  "corpus": (corpus,), "quantizer": (quantizer,), "compressor": (compressor,)}
     tree = SourceStripper(packed_for).visit(ast.parse(source))
     drop_unused(tree)
     drop_unread_settings(tree)
@@ -3077,19 +3066,23 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     model = model_from_artifact(config, rt, unpack_artifact(artifact)[0])
     nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
     check_scoring(record, config, model, nll_fn, val)
+    draw, most = artifact_draw(record), 5e-4 if model.dtype == torch.float32 else 2e-3
+
+    def look(scores: Scores, chosen: list[tuple[int, int]]) -> float:
+        return deviation(config, model, scores, chosen[draw.integers(len(chosen))])
+
     walks = [("quantized", "quantized", config.eval_seq_len)]
     walks += [("sliding", "quantized_sliding_window", config.eval_stride)] * config.sliding_window_enabled
     for stage, label, stride in walks:
-        scores, entered = evaluate(config, rt, nll_fn, val, stride, stage), EnteredCheck(record, config, model)
+        scores = evaluate(config, rt, nll_fn, val, stride, stage)
         record.stage(stage, label, scores)
-        for _ in range(32):
-            entered.look(scores, windows(config, val.targets, stride))
-        entered.conclude(stage, scores)
+        chosen = windows(config, val.targets, stride)
+        check_entered(record, scores, stage, [look(scores, chosen) for _ in range(32)], most)
     if config.ttt_enabled:
-        entered = EnteredCheck(record, config, model)
-        scores = evaluate_ttt(config, rt, model, loss_fn, nll_fn, val, entered.look)
+        deviations: list[float] = []
+        scores = evaluate_ttt(config, rt, model, loss_fn, nll_fn, val, lambda *seen: deviations.append(look(*seen)))
         record.stage("ttt", "quantized_ttt", scores)
-        entered.conclude("ttt", scores)
+        check_entered(record, scores, "ttt", deviations, most)
     record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())
     final_checks(record, config, val)
     record.seal()
