@@ -36,11 +36,11 @@ def random_hessian(columns: int, generator: torch.Generator, batch: tuple[int, .
     return x.mT @ x / x.size(-2)
 
 
-def inverses(hessian, damping=0.01) -> list[tuple[list[int], torch.Tensor]]:
+def inverses(hessian, damping: float | None = None) -> list[tuple[list[int], torch.Tensor]]:
     """The columns that are left, by falling diagonal, and the inverse of their part of the damped hessian (fp64)."""
     h = hessian.double().clone()
     order = torch.argsort(-h.diagonal(), stable=True).tolist()
-    h += damping * h.diagonal().mean() * torch.eye(len(h), dtype=torch.double)
+    h += (0.01 * h.diagonal().mean() if damping is None else damping) * torch.eye(len(h), dtype=torch.double)
     return [(order[i:], torch.linalg.inv(h[order[i:]][:, order[i:]])) for i in range(len(order))]
 
 
@@ -55,7 +55,7 @@ def column_by_column(weight, left_and_inverse, step, choose) -> torch.Tensor:
     return integers
 
 
-def by_the_paper(weight, hessian, bits, clip_sigmas, damping=0.01, scale=None):
+def by_the_paper(weight, hessian, bits, clip_sigmas, damping=None, scale=None):
     """GPTQ with row scales, the inverse made anew for the columns that are left (fp64)."""
     top = 2 ** (bits - 1) - 1
     scale = (clip_sigmas * weight.std(1) / top).half() if scale is None else scale
@@ -134,8 +134,8 @@ def test_dead_inputs_and_zero_rows():
     assert not integers[:, dead].any() and not integers[4].any()
     assert torch.isfinite(scale).all() and (scale > 0).all()
     others = [0, 1, 2, 3, 5]  # the damping's mean counts the dead inputs
-    expected, _ = by_the_paper(weight[others][:, alive], hessian[alive][:, alive], 6, 12.85, 0.01 * 37 / 40,
-                               scale[others])
+    expected, _ = by_the_paper(weight[others][:, alive], hessian[alive][:, alive], 6, 12.85,
+                               0.01 * hessian.diagonal().mean(), scale[others])
     assert torch.equal(integers[others][:, alive], expected.to(torch.int8)) and expected.any()
     nothing, scale = gptq_quantize(weight, torch.zeros(40, 40))
     assert not nothing.any() and torch.isfinite(scale).all()
@@ -171,7 +171,7 @@ def nearest_path(y: list[float]) -> tuple[int, ...]:
     for parities in itertools.product((0, 1), repeat=len(y)):
         state, cost, integers = 0, 0.0, []
         for value, parity in zip(y, parities):
-            allowed = [2 * k + state // 2 for k in range(-40 + parity, 40, 2)]
+            allowed = [2 * k + state % 2 for k in range(-40 + parity, 40, 2)]
             integers.append(min(allowed, key=lambda integer, value=value: abs(value - integer)))
             cost += (value - integers[-1]) ** 2
             state = train_gpt.NEXT_STATE[state][parity]
@@ -199,7 +199,7 @@ def test_columns_are_cut_into_paths(batch, rows, monkeypatch):
 
 
 def test_trellis_coding_comes_near_shannons_bound():
-    """Gaussian weights at about 3 bits: 0.7 dB from the bound of distortion at that rate, where uniform steps lose 1.5.
+    """Gaussian weights at about 3 bits: 0.6 dB from the bound of distortion at that rate, where uniform steps lose 1.5.
 
     The rate is the entropy of the indices given whether they stand for odd multiples, as the coder has it.
     """
@@ -217,7 +217,7 @@ def test_trellis_coding_comes_near_shannons_bound():
     assert decibels(0.5, uniform, uniform, torch.zeros_like(uniform)) > 1.45
     integers = trellis_round((weight / 0.26).t()).t()
     indices = torch.from_numpy(trellis_indices(integers.int().numpy()))
-    assert 0.5 < decibels(0.26, integers, indices, integers.int() & 1) < 0.85
+    assert 0.5 < decibels(0.26, integers, indices, integers.int() & 1) < 0.68  # four states: 0.70
 
 
 def along_one_column(integers: list[int]) -> list[int]:
@@ -225,7 +225,7 @@ def along_one_column(integers: list[int]) -> list[int]:
     indices, state = [], 0
     for row, integer in enumerate(integers):
         state = 0 if row % 64 == 0 else state
-        index, rest = divmod(integer - state // 2, 2)
+        index, rest = divmod(integer - state % 2, 2)
         assert rest == 0
         indices.append(index)
         state = train_gpt.NEXT_STATE[state][index % 2]
@@ -285,21 +285,31 @@ def calibrated(model: GPT) -> tuple[dict, dict]:
 
 
 def test_trellis_quantizer_does_what_it_says(rt, monkeypatch):
-    """Against a slow transcription: steps 2^(price + level + columns / 4), GPTQ one column at a time in fp64."""
+    """Against a slow transcription: steps 2^(price + level + columns / 4), GPTQ one column at a time in fp64.
+
+    A Hessian is damped by 0.16 * 4^price over the weights' variance, sensitivity counted, within bounds.
+    """
+    def round_towards_zero(y: torch.Tensor) -> torch.Tensor:
+        power = y.square().mean()
+        return train_gpt.round_columns((y * power / (power + 0.16))[:, None].float())[:, 0]
+
+    clamped = []
     config, model = narrow_model(monkeypatch)
     hessians, sensitivities = calibrated(model)
     tensors = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(price := -9.0)
     different = total = without_feedback = 0
     for bank, i, site, matrix in sites_of(model):
-        walk = inverses(hessians[site])
+        mean = hessians[site].diagonal().mean().double()
+        damping = 0.16 * 4 ** price / matrix.double().var(1).mean() / sensitivities[site]
+        clamped.append(torch.sign(damping - damping.clamp(1e-4 * mean, mean)).item())
+        walk = inverses(hessians[site], damping.clamp(1e-4 * mean, mean))
         log = torch.zeros(matrix.size(1), dtype=torch.double)
         for left, inverse in walk:
             log[left[0]] = inverse[0, 0].log2() / 2
         level = log.mean() - sensitivities[site].double().log2() / 2
         columns = (4 * (log - log.mean())).round()
         step = 2 ** (price + level + columns / 4)
-        integers = column_by_column(matrix, walk, step.expand_as(matrix), lambda y: train_gpt.round_columns(
-            y[:, None].float())[:, 0])
+        integers = column_by_column(matrix, walk, step.expand_as(matrix), round_towards_zero)
         q, side = tensors[f"{bank}.q"][i], [tensors[f"{bank}.{part}"][i] for part in ("step", "columns", "rows")]
         assert q.dtype == torch.int32 and side[1].dtype == side[2].dtype == torch.int8
         assert side[0].item() == pytest.approx(2 ** (price + level.item()), rel=1e-5)
@@ -308,11 +318,12 @@ def test_trellis_quantizer_does_what_it_says(rt, monkeypatch):
         assert (side[2] - rows).abs().max() < 0.51
         found = torch.from_numpy(trellis_integers(q.numpy()))
         different += int((found != integers).sum())
-        alone = train_gpt.round_columns((matrix / step).float().T[..., None])[..., 0].T
+        alone = torch.stack([round_towards_zero(y) for y in (matrix / step).T]).T
         without_feedback += int((alone != found).sum())
         total += integers.numel()
         restored = train_gpt.dequantize_trellis(q[None], side[0][None], side[1][None])[0]
         torch.testing.assert_close(restored, (found * step).float(), rtol=1e-5, atol=0)
+    assert set(clamped) >= {0}, clamped
     assert different < 1e-3 * total and without_feedback > 0.02 * total, f"{different} of {total} differ"
     kept = {name for name, p in model.named_parameters() if p.numel() <= 1000}
     assert set(tensors) == kept | {f"{bank}.{part}" for bank in (*GPT.BANKS, "embedding")
@@ -324,9 +335,9 @@ def test_steps_follow_the_sensitivity(rt, monkeypatch):
     """A matrix whose errors cost a sixteenth gets steps four times as long, and the others keep theirs."""
     config, model = narrow_model(monkeypatch)
     hessians, sensitivities = calibrated(model)
-    before = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(-9.0)
+    before = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(-14.0)  # damped as little as may be
     sensitivities["mlp_in.2"] /= 16
-    after = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(-9.0)
+    after = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(-14.0)
     ratio = torch.tensor([1, 1, 4, 1, 1, 1])
     torch.testing.assert_close(after["up_bank.step"], before["up_bank.step"] * ratio)
     assert after["up_bank.q"][2].abs().sum() < 0.3 * before["up_bank.q"][2].abs().sum()
