@@ -1543,32 +1543,33 @@ def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
 # is (2 * k + state % 2) * step, and the parity of k chooses the next state (the trellis of JPEG 2000, part 2). Every
 # entry pays for a spacing of two steps and errs as if it were less: 0.6 dB above Shannon's bound instead of a scalar
 # quantizer's 1.5.
-TRELLIS_ROWS = 64
+TRELLIS_ROWS = 128
 NEXT_STATE = ((0, 1), (2, 3), (5, 4), (7, 6), (1, 0), (3, 2), (4, 5), (6, 7))  # [state][parity of the index]
 STEPS_PER_OCTAVE = 4  # resolution of a column's step and of a row's spread
 MOST_BITS = 6.0  # per weight: finer steps gain nothing that a score could show
 
 
 def trellis_round(values: Tensor) -> Tensor:
-    """Round each row of values [paths, TRELLIS_ROWS] to the integers of the nearest path (Viterbi 1967), fp32."""
+    """Round each row of values [paths, TRELLIS_ROWS], on the CPU, to the nearest path's integers (Viterbi 1967)."""
     edges = sorted((nxt, state, state % 2 + 2 * parity) for state, row in enumerate(NEXT_STATE)
                    for parity, nxt in enumerate(row))  # two of them lead to each state; the last: the integer modulo 4
-    _, source, residue = torch.tensor(edges, device=values.device).T
-    y = values.t()[:, :, None]  # [TRELLIS_ROWS, paths, 1]
-    nearest = torch.arange(4.0, device=values.device)
-    nearest = ((y - nearest) / 4).round_() * 4 + nearest  # the nearest integer of each residue
-    error = (y - nearest).square_()[:, :, residue].unflatten(2, (-1, 2))
-    cost = torch.full_like(error[0, :, :, 0], math.inf)
-    cost[:, 0] = 0
-    came_by = torch.empty(error.shape[:3], dtype=torch.long, device=values.device)
+    _, source, residue = np.array(edges).T
+    y, residues = values.numpy().T[:, None], np.arange(4, dtype=values.numpy().dtype)[:, None]
+    nearest = np.rint((y - residues) / 4) * 4 + residues  # [TRELLIS_ROWS, 4, paths]: the nearest of each residue
+    error = (y - nearest) ** 2
+    cost = np.full((len(NEXT_STATE), y.shape[2]), np.inf, y.dtype)
+    cost[0] = 0
+    second = np.empty((len(y), *cost.shape), bool)  # whether the second of the two edges is the better one
     for t in range(len(y)):
-        cost, came_by[t] = (cost[:, source].unflatten(1, (-1, 2)) + error[t]).min(-1)
-    state = cost.argmin(1, keepdim=True)
-    chosen = torch.empty_like(came_by[:, :, :1])
+        one, other = (cost[source[i::2]] + error[t, residue[i::2]] for i in (0, 1))
+        np.less(other, one, out=second[t])
+        cost = np.minimum(one, other)
+    state, path = cost.argmin(0), np.arange(y.shape[2])
+    chosen = np.empty((len(y), 1, y.shape[2]), np.int64)
     for t in reversed(range(len(y))):
-        edge = 2 * state + came_by[t].gather(1, state)
+        edge = 2 * state + second[t, state, path]
         state, chosen[t] = source[edge], residue[edge]
-    return nearest.gather(2, chosen).squeeze(2).t()
+    return torch.from_numpy(np.take_along_axis(nearest, chosen, 1)[:, 0].T)
 
 
 def round_columns(y: Tensor) -> Tensor:
@@ -2487,7 +2488,7 @@ class SourceStripper(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         """Put line and values where a sentence stands."""
-        told = {"check": 2, "UsageError": 0, "ArtifactError": 0, "RunStopped": 0}
+        told = {"check": 2, "fail": 0, "UsageError": 0, "ArtifactError": 0, "RunStopped": 0}
         place = told.get(getattr(node.func, "attr", getattr(node.func, "id", "")), len(node.args))
         if isinstance(next(iter(node.args[place:]), None), (ast.Constant, ast.JoinedStr)):
             parts = getattr(node.args[place], "values", ())

@@ -246,7 +246,7 @@ def test_frequencies_are_those_of_an_integer_and_its_negative():
 @pytest.mark.parametrize("spread, most", [(4, 0.003), (20, 0.003), (0.6, 0.006)])
 def test_code_lengths_are_near_the_ideal(spread, most):
     """A million indices of Gaussian paths; the ideal is the entropy of their own histograms, and the escapes' bits."""
-    paths = spread * torch.randn(1 << 14, 64, generator=torch.Generator().manual_seed(0))
+    paths = spread * torch.randn(1 << 13, 128, generator=torch.Generator().manual_seed(0))
     integers = train_gpt.trellis_round(paths).reshape(2, 1024, 512).mT.contiguous().int()
     indices = train_gpt.trellis_indices(integers.numpy())
     tensors = with_sides(indices, np.zeros((2, 512)), np.zeros((2, 1024)))

@@ -224,7 +224,7 @@ def along_one_column(integers: list[int]) -> list[int]:
     """Indices of a column, by the definition; fails where the column is no path."""
     indices, state = [], 0
     for row, integer in enumerate(integers):
-        state = 0 if row % 64 == 0 else state
+        state = 0 if row % 128 == 0 else state
         index, rest = divmod(integer - state % 2, 2)
         assert rest == 0
         indices.append(index)
@@ -232,7 +232,7 @@ def along_one_column(integers: list[int]) -> list[int]:
     return indices
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (64, 3), (65, 2), (2, 63, 4), (2, 200, 3), (2, 2, 130, 1), (0, 9, 2),
+@pytest.mark.parametrize("shape", [(1, 1), (128, 3), (129, 2), (2, 127, 4), (2, 400, 3), (2, 2, 130, 1), (0, 9, 2),
                                    (3, 0)], ids=str)
 def test_indices_of_a_path_and_back(shape):
     generator = torch.Generator().manual_seed(1)
@@ -335,9 +335,9 @@ def test_steps_follow_the_sensitivity(rt, monkeypatch):
     """A matrix whose errors cost a sixteenth gets steps four times as long, and the others keep theirs."""
     config, model = narrow_model(monkeypatch)
     hessians, sensitivities = calibrated(model)
-    before = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(-14.0)  # damped as little as may be
+    before = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(-18.0)  # damped as little as may be
     sensitivities["mlp_in.2"] /= 16
-    after = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(-14.0)
+    after = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(-18.0)
     ratio = torch.tensor([1, 1, 4, 1, 1, 1])
     torch.testing.assert_close(after["up_bank.step"], before["up_bank.step"] * ratio)
     assert after["up_bank.q"][2].abs().sum() < 0.3 * before["up_bank.q"][2].abs().sum()
