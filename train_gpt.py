@@ -2595,13 +2595,14 @@ def drop_unused(tree: ast.Module):
 
 
 def drop_unread_settings(tree: ast.Module):
-    """Drop the settings of which nothing that is left makes use."""
+    """Drop the settings of which nothing that is left makes use, except that a choice that is gone must be refused."""
     read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     read |= {word for node in ast.walk(tree) if isinstance(node, ast.Constant)
              for word in re.findall(r"\w+", str(node.value).lower())}
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            node.body = [line for line in node.body if not isinstance(line, ast.AnnAssign) or line.target.id in read]
+            node.body = [line for line in node.body if not isinstance(line, ast.AnnAssign) or line.value.keywords
+                         or line.target.id in read]
 
 
 def shorten_names(tree: ast.Module):
@@ -3152,6 +3153,8 @@ def fail(message: str, code: int):
     """End this rank at once: what the process group has under way must not hold up or spoil the exit."""
     if os.environ.get("RANK", "0") == "0":
         print(f"train_gpt.py: {message}", file=sys.stderr)
+    else:
+        time.sleep(1)  # the first rank that ends has the others killed, and rank 0 has the word
     end_process(code)
 
 

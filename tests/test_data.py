@@ -30,6 +30,9 @@ class FakeTokenizer:
     def vocab_size(self):
         return len(self.pieces)
 
+    def serialized_model_proto(self):
+        return b""
+
     def piece_to_id(self, piece):
         return next((i for i, (text, _) in enumerate(self.pieces) if text == piece), 3)
 

@@ -56,7 +56,8 @@ def test_every_stage_is_in_record_and_log(runs):
     assert re.search(rf"^Total submission size quantized\+brotli: {record['total_bytes']} bytes$", log, re.MULTILINE)
     assert record["compliant"] and all(check["ok"] for check in record["checks"]) and record["steps"] == 6
     assert sorted(check["name"] for check in record["checks"]) == sorted("""
-        byte_count split_text held_out shards_unchanged causal normalized normalized_quantized normalized_sliding
+        byte_count split_text held_out shards_unchanged warm_up_undone causal normalized normalized_quantized
+        normalized_sliding normalized_ttt
         single_pass_prequant single_pass_quantized single_pass_sliding single_pass_ttt score_before_update_ttt
         train_seconds eval_seconds total_bytes full_split complete""".split())
 
