@@ -228,7 +228,7 @@ class Config:
         broken = [f"{rule} ({', '.join(f'{name}={values[name]}' for name in variables_in(rule))})"
                   for rule in CONSTRAINTS if not eval(rule, dict(values))]
         if broken:
-            raise UsageError("\n  ".join(["settings do not fit together; each of these must hold:", *broken]))
+            raise UsageError("\n  ".join(["each of these must hold:", *broken]))
 
     @property
     def head_dim(self) -> int:
@@ -1302,7 +1302,7 @@ def warm_up(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Tr
     The optimizer and its states are made for the warm-up alone; the order of the data is a function of the step.
     """
     if config.warmup_steps:
-        rt.log(f"warm-up: {config.warmup_steps} steps in each looping state, then undone")
+        rt.log(f"warm-up: {config.warmup_steps} steps in each looping state")
         initial = [p.detach().clone() for p in model.parameters()]
         optimizer, progress = Optimizer(config, rt, model), Progress(rt, "warm-up", 2 * config.warmup_steps)
         for step in range(2 * config.warmup_steps):
@@ -2401,11 +2401,12 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
     kept, ok = {}, True
     for cut in (length // 4, length // 2, length - 2):  # other tokens from here on, documents' beginnings among them
         other = torch.where((ahead % 3 == 0) & (tokens != 1), 1, (tokens + 1) % vocab)
-        changed = torch.where(ahead < cut, tokens, other)
-        same = torch.eq(*(nll_fn(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in (tokens, changed)))
-        before, after = int(same[:, :cut - 1].sum()), int(same[:, cut:].sum())
-        ok = ok and before == rows * (cut - 1) and after < rows * (length - cut) / 2  # by chance, a few may be
-        kept[cut] = [before, rows * (cut - 1), after]
+        # The last target that stays does not stand in the input any more.
+        pairs = (tokens, tokens), [torch.where(ahead < begin, tokens, other) for begin in (cut, cut + 1)]
+        same = torch.eq(*(nll_fn(ids[:, :-1].contiguous(), targets[:, 1:].contiguous()) for ids, targets in pairs))
+        before, after = int(same[:, :cut].sum()), int(same[:, cut:].sum())
+        ok = ok and before == rows * cut and after < rows * (length - cut) / 2  # by chance, a few may be
+        kept[cut] = [before, rows * cut, after]
     record.check("causal", ok, f"other tokens from a place on leave as they are, of the scores before it, and of those "
                  f"after: {kept}")
     candidates = torch.arange(vocab, device=tokens.device)[:, None].split(max(1, record.rt.micro_batch_tokens // 9))
@@ -2429,7 +2430,8 @@ def deviation(config: Config, model: GPT, scores: Scores, window: tuple[int, int
 
 def check_entered(record: Record, scores: Scores, stage: str, deviations: list[float], most: float):
     """Check scores by some windows' deviations, and the stage's figure against the scores that it stands for."""
-    off, total = sum(deviations) / len(deviations), record.data[stage]["val_bpb"] * math.log(2) * scores.val.bytes
+    deviations = sum(record.rt.gather(deviations), [])
+    off, total = float(np.mean(deviations)), record.data[stage]["val_bpb"] * math.log(2) * scores.val.bytes
     record.check(f"normalized_{stage}", abs(off) < most and math.isclose(total, scores.nll.sum(), rel_tol=1e-6),
                  f"in {len(deviations)} windows the scores are the model's log-softmax but for {off:.1e} nats, and all "
                  f"scores add up to the figure's {total:.1f}")
@@ -2457,7 +2459,7 @@ def final_checks(record: Record, config: Config, val: ValidationData):
         record.set(compliant=all(check["ok"] for check in data["checks"]))
         record.rt.log(f"compliant: {data['compliant']}")
     else:
-        record.rt.log("compliant: see the record of the run that made the artifact")
+        record.rt.log("compliant: see the training run")
 
 
 def pack_source(source: bytes, config: Config) -> bytes:
@@ -2488,7 +2490,7 @@ class SourceStripper(ast.NodeTransformer):
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         """Put line and values where a sentence stands."""
-        told = {"check": 2, "fail": 0, "UsageError": 0, "ArtifactError": 0, "RunStopped": 0}
+        told = {"check": 2, "fail": 0, "TypeError": 0, "UsageError": 0, "ArtifactError": 0, "RunStopped": 0}
         place = told.get(getattr(node.func, "attr", getattr(node.func, "id", "")), len(node.args))
         if isinstance(next(iter(node.args[place:]), None), (ast.Constant, ast.JoinedStr)):
             parts = getattr(node.args[place], "values", ())
@@ -2780,6 +2782,18 @@ def welch_test(ours: list[float], reference: list[float], margin: float) -> dict
             "significant": p < 0.01}
 
 
+def told_by(record: Mapping[str, object]) -> list[str]:
+    """What the log of a record's run must say, too; raise ValueError if `compliant` is not what the checks make it."""
+    checks = [(check["name"], check["ok"]) for check in record["checks"]]
+    if record["compliant"] not in (None, ("complete", True) in checks and all(ok for _, ok in checks)):
+        raise ValueError("its checks do not make it what `compliant` says")
+    return [*(f"{key}: {record[key]}\n" for key in (
+        "run_id", "mode", "hardware", "world_size", "source_sha256", "train_sha256", "val_tokens", "val_bytes",
+        "val_sha256", "tokenizer_sha256", "artifact_sha256", "code_sha256") if record[key] is not None),
+            *(f"check {name}: {'ok' if ok else 'FAILED'} (" for name, ok in checks),
+            *(f" {score_line(record[stage])}\n" for stage in Record.STAGES if record[stage])]
+
+
 def read_records(config: Config) -> list[dict]:
     """Read the records that RECORDS names; raise UsageError for one that is missing or no record."""
     records = []
@@ -2795,7 +2809,12 @@ def read_records(config: Config) -> list[dict]:
             if missing:
                 raise ValueError(f"without {', '.join(sorted(missing))}")
             results_table(records[-1:])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            if (type(records[-1]["settings"]), type(records[-1]["hardware"])) != (dict, str):
+                raise ValueError("settings or hardware are none")
+            untold = [line for line in told_by(records[-1]) if line not in log.decode()]
+            if untold:
+                raise ValueError(f"its log does not say {untold[0]!r}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"RECORDS: {path} is no record of a run ({error!r})") from error
     if not records:
         raise UsageError("MODE=collect needs RECORDS=\"logs/a.json logs/b.json ...\"")

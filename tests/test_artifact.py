@@ -688,6 +688,8 @@ def test_the_file_in_out_dir_decides_in_eval_mode(tmp_path):
         train_gpt.read_config({**env, "NUM_LAYERS": "7"})
     with pytest.raises(UsageError, match="final_model.ptz"):
         train_gpt.read_config({**env, "OUT_DIR": str(tmp_path / "nothing")})
+    blanks = {"MODE": " eval ", "OUT_DIR": f"{tmp_path}\n"}  # are no part of a value, and of none of them
+    assert described(train_gpt.read_config(blanks)) == described(config)
 
 
 @pytest.mark.parametrize("settings", [

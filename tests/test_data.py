@@ -480,9 +480,10 @@ def test_wrong_tokenizers_are_refused(tmp_path, corpus):
 
 
 @pytest.mark.parametrize("rule, changes", [
-    ("nmt_nfkc", False), ("nmt_nfkc_cf", True), ("37\t30\n", True), ("3B\t2C\n", True)])
+    ("nmt_nfkc", False), ("nmt_nfkc_cf", True), ("37\t30\n", True), ("3B\t2C\n", True), ("74 68\t65 65\n", True),
+    ("65 72 65 20\t65 65 65 20\n", True)])
 def test_a_tokenizer_that_changes_text_is_refused(tmp_path, rule, changes):
-    """Of as many bytes, but without upper case, without a digit or a semicolon: easier to predict, and another text."""
+    """Of as many bytes, but without upper case, without a digit, a semicolon, "th" or "ere ": easier to predict."""
     (tmp_path / "rule.tsv").write_text(rule)
     kind = {"normalization_rule_tsv": str(tmp_path / "rule.tsv")} if "\t" in rule else {"normalization_rule_name": rule}
     spm.SentencePieceTrainer.train(

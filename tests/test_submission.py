@@ -338,6 +338,37 @@ def test_the_splits_text_must_be_its_tokens_and_not_repeat_itself(record):
         assert outcome(record, "byte_count") and outcome(record, "split_text") == ok
 
 
+def test_passages_are_chosen_by_the_text_and_the_salt():
+    """Whoever alters a text where one choice of passages begins leaves another choice's passages as they are."""
+    tokens = np.random.default_rng(0).integers(0, 8192, 50_000)
+    val = fake_validation(tokens, tiny_config())
+    one, other = (train_gpt.passage_keys(tokens, val, salt) for salt in "ab")
+    assert min(len(one), len(other)) > 100 and not np.isin(one, other).any()
+    moved = np.concatenate([tokens[20_000:], tokens[:20_000]])
+    assert np.isin(one, train_gpt.passage_keys(moved, val, "a")).mean() > 0.98
+    altered = tokens.copy()
+    words = tokens.astype(np.uint64)
+    bits = np.random.default_rng(int(train_gpt.sha256(b"0a"), 16)).integers(2**63, size=32, dtype=np.uint64)
+    pair = words[:-1] * (bits[0] | np.uint64(1)) + words[1:] * (bits[1] | np.uint64(1))
+    altered[:-1][pair >> np.uint64(56) == 0] = 5
+    assert np.isin(one, train_gpt.passage_keys(altered, val, "a")).mean() < 0.02
+    assert np.isin(other, train_gpt.passage_keys(altered, val, "b")).mean() > 0.75
+
+
+def test_layout_changes_nothing_but_the_layout(monkeypatch):
+    """Lines joined, parentheses and blanks dropped: the same syntax tree, but for imports on one line."""
+    packed = strip_source(SOURCE.decode())
+    monkeypatch.setattr(train_gpt, "join_lines", lambda source: source)
+    monkeypatch.setattr(train_gpt, "close_gaps", lambda source: source)
+    monkeypatch.setattr(train_gpt, "spare_parentheses", lambda line: line)
+    plain = strip_source(SOURCE.decode())
+    trees = [ast.parse(source) for source in (packed, plain)]
+    for tree in trees:
+        tree.body = [one for node in tree.body for one in (
+            [ast.Import([name]) for name in node.names] if isinstance(node, ast.Import) else [node])]
+    assert ast.dump(trees[0]) == ast.dump(trees[1]) and len(packed) < 0.8 * len(plain)
+
+
 def test_byte_count_check_sees_a_doubled_space(record):
     tokens = np.array([1, 97, 98, 32, 99, 1, 97, 32, 32, 98, 1, 99])
     val = fake_validation(tokens, tiny_config())
@@ -362,12 +393,21 @@ def test_record_is_complete_json_with_null_for_what_was_not_measured(record):
 # --- from records to a submission -------------------------------------------------------------------------------------
 
 
-def collected(tmp_path, monkeypatch, records, readme=None, **settings):
-    """What MODE=collect makes of these records, each with the log that its run would have written."""
+def told_by(record) -> list[str]:
+    """The lines of a log that say the same as its record."""
+    return [*(f"{key}: {record[key]}" for key in record if not isinstance(record[key], (dict, list))),
+            *(f"check {check['name']}: {'ok' if check['ok'] else 'FAILED'} ({check['detail']})"
+              for check in record["checks"]),
+            *(f"{stage} {train_gpt.score_line(record[stage])}" for stage in Record.STAGES if record[stage])]
+
+
+def collected(tmp_path, monkeypatch, records, readme=None, logs_of=None, **settings):
+    """What MODE=collect makes of these records, each with the log that its run would have written (or another's)."""
     monkeypatch.chdir(tmp_path)
     for i, record in enumerate(records):
         (tmp_path / f"{i}.json").write_text(json.dumps(record))
-        log = "5/5 train_loss: 2.5 train_time: 1.0m tok/s: 9\n"
+        log = "".join(f"{line}\n" for line in ("5/5 train_loss: 2.5 train_time: 1.0m tok/s: 9",
+                                               *told_by((logs_of or records)[i])))
         digest = hashlib.sha256(log.encode() + (tmp_path / f"{i}.json").read_bytes()).hexdigest()
         (tmp_path / f"{i}.txt").write_text(f"{log}record: {i}.json; SHA-256 of both: {digest}\n")
     if readme:
@@ -447,7 +487,6 @@ def test_four_seeds_that_are_not_alike(record, tmp_path, monkeypatch):
 
 def test_failed_checks_are_shown(record, tmp_path, monkeypatch):
     """In the table, and with their detail in the folder's README."""
-    finish(record)
     record.check("held_out", False, "9 of 9 passages")
     record.check("causal", False, "all of them")
     records = contest_records(record)
@@ -482,8 +521,24 @@ def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch,
     {"val_bytes": 30_000_000}, {"val_bytes": 151_090_000}, {"val_bytes": 151_070_000}, {"compliant": False},
     {"val_tokens": 40_540_801, "settings": {}}], ids=str)
 def test_only_the_contests_machine_and_split_fill_its_figures(record, tmp_path, monkeypatch, change):
-    submission = collected(tmp_path, monkeypatch, contest_records(record, **change))
+    records = contest_records(record, **change)
+    for each in records if "compliant" in change else ():
+        each["checks"].append({"name": "held_out", "ok": False, "detail": ""})
+    submission = collected(tmp_path, monkeypatch, records)
     assert submission["val_bpb"] is None and submission["rehearsal"]["val_bpb"] == pytest.approx(1.08)
+
+
+@pytest.mark.parametrize("change", [
+    {"hardware": "8x NVIDIA H100 80GB HBM3"}, {"val_bytes": 151_080_891}, {"val_sha256": "6"}, {"compliant": False},
+    {"checks": []}, {"ttt": {"val_loss": 2.0, "val_bpb": 0.9, "seconds": 1.0}}, {"artifact_sha256": "6"},
+    {"hardware": None, "settings": []}], ids=str)
+def test_a_record_that_its_log_or_its_checks_contradict_is_refused(record, tmp_path, monkeypatch, change):
+    """Sealed again though it is: the seal is nobody's signature."""
+    finish(record)
+    record.set(artifact_sha256="5")
+    assert collected(tmp_path, monkeypatch, [record.data])["rehearsal"]
+    with pytest.raises(UsageError, match="0.json is no record of a run"):
+        collected(tmp_path, monkeypatch, [{**record.data, **change}], logs_of=[record.data])
 
 
 @pytest.mark.parametrize("change", [{"settings": {}}, {"val_tokens": 50_000_000}], ids=str)
