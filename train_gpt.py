@@ -589,7 +589,7 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
     if ids != [0, 1, 2, 3]:  # a document of a shard starts with BOS, 1
         raise UsageError(f"{path} has the control ids {ids} (pad, BOS, EOS, unknown), not the contest's [0, 1, 2, 3]")
     text = " ".join([*map(chr, range(33, 127)), *documentation().values()])
-    text = " ".join(text.encode("ascii", "ignore").decode().split())
+    text = " ".join(text.encode("ascii", "ignore").decode().split())[:100_000]
     if sp.decode(sp.encode(text)) != text:  # as many bytes of simpler text are easier to predict
         raise UsageError(f"{path} changes ASCII text")
     return sp
@@ -3173,7 +3173,8 @@ def fail(message: str, code: int):
     if os.environ.get("RANK", "0") == "0":
         print(f"train_gpt.py: {message}", file=sys.stderr)
     else:
-        time.sleep(1)  # the first rank that ends has the others killed, and rank 0 has the word
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)  # the first rank that ends has the others killed, and rank 0 has the word
     end_process(code)
 
 

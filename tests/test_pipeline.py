@@ -172,7 +172,8 @@ runpy.run_path(sys.argv[1], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("name, what", [("SEED", "settings"), ("DATA_DIR", "training shards")])
+@pytest.mark.parametrize("name, what", [
+    pytest.param("SEED", "settings", marks=pytest.mark.slow), ("DATA_DIR", "training shards")])
 def test_ranks_that_are_told_different_things_are_refused(runs, tmp_path, name, what):
     """Each has variables and folders of its own: a seed, and shards of which one token differs."""
     for rank in "01":
@@ -202,7 +203,7 @@ def start(folder, runs, **env):
     return process
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_terminated_run_leaves_weights_log_and_record(runs, tmp_path, ranks):
     process = start(tmp_path / "run", runs, ranks=ranks)
     process.send_signal(signal.SIGTERM)
