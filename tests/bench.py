@@ -243,8 +243,8 @@ def quantization(data_dir: str, weights: Path | None) -> list[dict]:
     rows = [q.row("sdclip + Brotli", lambda: train_gpt.pack_artifact(
         train_gpt.quantize_rows(q.config, q.rt, q.model, q.hessians), {}))]
     for method in ("columns", "columns + trellis", "columns + trellis + sensitivity"):
-        patched = {} if "trellis" in method else {"NEXT_STATE": ((0, 0),) * 8,
-                                                  "round_thriftily": lambda y: 2 * (y / 2).round()}
+        patched = {} if "trellis" in method else {"NEXT_STATE": np.zeros((32, 2), int),
+                                                  "round_columns": lambda y: 2 * (y / 2).round()}
         kept = {name: getattr(train_gpt, name) for name in patched}
         vars(train_gpt).update(patched)
         try:

@@ -199,7 +199,7 @@ def test_columns_are_cut_into_paths(batch, rows, monkeypatch):
 
 
 def test_trellis_coding_comes_near_shannons_bound():
-    """Gaussian weights at about 3 bits: 0.6 dB from the bound of distortion at that rate, where uniform steps lose 1.5.
+    """Gaussian weights at about 3 bits: 0.5 dB from the bound of distortion at that rate, where uniform steps lose 1.5.
 
     The rate is the entropy of the indices given whether they stand for odd multiples, as the coder has it.
     """
@@ -217,7 +217,7 @@ def test_trellis_coding_comes_near_shannons_bound():
     assert decibels(0.5, uniform, uniform, torch.zeros_like(uniform)) > 1.45
     integers = trellis_round((weight / 0.26).t()).t()
     indices = torch.from_numpy(trellis_indices(integers.int().numpy()))
-    assert 0.5 < decibels(0.26, integers, indices, integers.int() & 1) < 0.68  # four states: 0.70
+    assert 0.4 < decibels(0.26, integers, indices, integers.int() & 1) < 0.6  # four states: 0.70
 
 
 def along_one_column(integers: list[int]) -> list[int]:
@@ -289,10 +289,6 @@ def test_trellis_quantizer_does_what_it_says(rt, monkeypatch):
 
     A Hessian is damped by 0.16 * 4^price over the weights' variance, sensitivity counted, within bounds.
     """
-    def round_towards_zero(y: torch.Tensor) -> torch.Tensor:
-        power = y.square().mean()
-        return train_gpt.round_columns((y * power / (power + 0.16))[:, None].float())[:, 0]
-
     clamped = []
     config, model = narrow_model(monkeypatch)
     hessians, sensitivities = calibrated(model)
@@ -309,7 +305,8 @@ def test_trellis_quantizer_does_what_it_says(rt, monkeypatch):
         level = log.mean() - sensitivities[site].double().log2() / 2
         columns = (4 * (log - log.mean())).round()
         step = 2 ** (price + level + columns / 4)
-        integers = column_by_column(matrix, walk, step.expand_as(matrix), round_towards_zero)
+        integers = column_by_column(matrix, walk, step.expand_as(matrix), lambda y: train_gpt.round_columns(
+            y[:, None].float())[:, 0])
         q, side = tensors[f"{bank}.q"][i], [tensors[f"{bank}.{part}"][i] for part in ("step", "columns", "rows")]
         assert q.dtype == torch.int32 and side[1].dtype == side[2].dtype == torch.int8
         assert side[0].item() == pytest.approx(2 ** (price + level.item()), rel=1e-5)
@@ -318,7 +315,7 @@ def test_trellis_quantizer_does_what_it_says(rt, monkeypatch):
         assert (side[2] - rows).abs().max() < 0.51
         found = torch.from_numpy(trellis_integers(q.numpy()))
         different += int((found != integers).sum())
-        alone = torch.stack([round_towards_zero(y) for y in (matrix / step).T]).T
+        alone = train_gpt.round_columns((matrix / step).float().T[..., None])[..., 0].T
         without_feedback += int((alone != found).sum())
         total += integers.numel()
         restored = train_gpt.dequantize_trellis(q[None], side[0][None], side[1][None])[0]
