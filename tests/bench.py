@@ -194,7 +194,7 @@ class Quantization:
         kept = {k: t for k, t in tensors.items() if "." not in k}
         count = sum(w.numel() for w, _ in self.matrices(self.model))
         bits = 8 * (len(artifact) - len(train_gpt.pack_artifact(kept, {})))  # all but the tensors that stay fp16
-        own = self.weights_of(method)
+        own = {site: weight ** train_gpt.SENSITIVITY_POWER for site, weight in self.weights_of(method).items()}
         return {"method": method, "bits_per_weight": round(bits / count, 4), "total_bytes": len(artifact),
                 "distortion": self.distortion(model, dict.fromkeys(self.hessians, 1.0)),
                 "cost": self.distortion(model, self.weights_of("sensitivity")),
