@@ -2341,17 +2341,17 @@ def check_split(record: Record, config: Config, val: ValidationData, sp: spm.Sen
 
 
 def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
-    """Numbers (uint64) of passages of 32 tokens, the same for the same text, wherever it stands.
+    """Numbers (uint64) of passages of 64 tokens, the same for the same text, wherever it stands.
 
     A passage begins where a hash of two tokens says so, about every 256 tokens. The hash depends on the split and the
     salt: who alters a text so that it has no passages has other ones.
     """
     tokens = tokens.astype(np.uint64)
     random_bits = np.random.default_rng(int(sha256((val.sha256 + salt).encode()), 16))
-    multipliers = random_bits.integers(2**63, size=32, dtype=np.uint64) | np.uint64(1)
+    multipliers = random_bits.integers(2**63, size=64, dtype=np.uint64) | np.uint64(1)
     pair = tokens[:-1] * multipliers[0] + tokens[1:] * multipliers[1]
-    starts = np.flatnonzero(pair[:max(len(tokens) - 31, 0)] >> np.uint64(56) == 0)
-    return tokens[starts[:, None] + np.arange(32)] @ multipliers
+    starts = np.flatnonzero(pair[:max(len(tokens) - 63, 0)] >> np.uint64(56) == 0)
+    return tokens[starts[:, None] + np.arange(64)] @ multipliers
 
 
 def check_held_out(record: Record, val: ValidationData, data: TrainData):

@@ -348,11 +348,11 @@ def test_passages_are_chosen_by_the_text_and_the_salt():
     assert np.isin(one, train_gpt.passage_keys(moved, val, "a")).mean() > 0.98
     altered = tokens.copy()
     words = tokens.astype(np.uint64)
-    bits = np.random.default_rng(int(train_gpt.sha256(b"0a"), 16)).integers(2**63, size=32, dtype=np.uint64)
+    bits = np.random.default_rng(int(train_gpt.sha256(b"0a"), 16)).integers(2**63, size=64, dtype=np.uint64)
     pair = words[:-1] * (bits[0] | np.uint64(1)) + words[1:] * (bits[1] | np.uint64(1))
     altered[:-1][pair >> np.uint64(56) == 0] = 5
     assert np.isin(one, train_gpt.passage_keys(altered, val, "a")).mean() < 0.02
-    assert np.isin(other, train_gpt.passage_keys(altered, val, "b")).mean() > 0.75
+    assert np.isin(other, train_gpt.passage_keys(altered, val, "b")).mean() > 0.7
 
 
 def test_layout_changes_nothing_but_the_layout(monkeypatch):
