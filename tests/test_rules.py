@@ -357,7 +357,8 @@ def thinned(cases, fast):
 
 
 @pytest.mark.parametrize("check, mode, plant", thinned(CASES, lambda case: (
-    case[2] is None or case[1] == "sliding" or globals()[case[2]] in TTT_PLANTS)), ids=lambda x: x or "as it is")
+    case[2] in (None, "leaked_token", "blended_cache", "subset") or globals()[case[2]] in TTT_PLANTS)),
+    ids=lambda x: x or "as it is")
 def test_conditions_on_one_rank(check, mode, plant, rt):
     judge(findings(check, mode, plant, rt), plant)
 
@@ -853,8 +854,7 @@ def warm_up_that_stays():
     (subset, "single_pass_sliding", {}), (score_again, "single_pass_ttt", {}),
     (learn_first_through_the_front_door, "score_before_update_ttt", {}),
     (None, "full_split", {"EVAL_DROP_TAIL": 1})], lambda case: case[0] in (
-        None, unchecked, blended_cache, doubled_window, discounted_late_in_adaptation, leaked_within_documents,
-        figure_of_other_scores, warm_up_that_stays,
+        None, unchecked, doubled_window, discounted_late_in_adaptation, leaked_within_documents, warm_up_that_stays,
         learn_first_through_the_front_door)),
     ids=lambda x: getattr(x, "__name__", str(x)))
 def test_the_run_notices_a_violation_by_itself(plant, check, overrides, corpus, tmp_path, rt, capsys):
