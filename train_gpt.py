@@ -453,6 +453,11 @@ class Runtime:
         """This rank's contiguous share of `items`; the shares of all ranks are disjoint and cover them."""
         return range(items * self.rank // self.world, items * (self.rank + 1) // self.world)
 
+    def own(self, items):
+        """Take this rank's share of a list or of a tensor's first dimension (a view)."""
+        share = self.share(len(items))
+        return items[share.start:share.stop]
+
     def gather(self, value: object) -> list:
         """Give every rank all ranks' values: nodes need no shared file system."""
         values: list[object] = [None] * self.world
@@ -692,7 +697,7 @@ class TrainData:
         self.pending = (None, None)
 
     def stamps(self) -> list[tuple[int, int]]:
-        """Inode and time of the last change (ns; nobody can set it) of each shard's file."""
+        """Inode and time of the last change (ns) of each shard's file, as the file system notes writes."""
         return [(s.st_ino, s.st_ctime_ns) for s in map(os.stat, self.files)]
 
     def in_order(self, stream: int) -> TrainData:
@@ -1643,15 +1648,15 @@ class TrellisQuantizer:
         for name, p in model.named_parameters():
             if name in self.small:
                 continue
-            weight, share = p.detach().view(-1, *p.shape[-2:]).cpu(), rt.share(len(sites[name]))
-            own, hessian = weight[share.start:share.stop], None
-            if share:
+            weight, hessian = p.detach().view(-1, *p.shape[-2:]).cpu(), None
+            own = rt.own(weight)
+            if len(own):
                 hessian = torch.stack([hessians[site] * sensitivities[site].clamp_min(1e-20) ** SENSITIVITY_POWER
-                                       for site in sites[name][share.start:share.stop]])
+                                       for site in rt.own(sites[name])])
                 levels = error_factor(hessian, 1e-3 * mean_diagonal(hessian)).levels().cpu()
                 spread = own.std(-1).clamp_min(1e-12).log2() - levels.mean(-1, keepdim=True)
                 spreads += weight.size(-1) * spread.double().sum()
-            self.parts.append((name, weight, share, own, hessian))
+            self.parts.append((name, weight, hessian))
             self.weights += weight.numel()
         spreads = spreads.to(rt.device)
         rt.all_reduce(spreads)
@@ -1670,10 +1675,11 @@ class TrellisQuantizer:
         rows' spreads in steps, for the coder); a small one stays P (fp16).
         """
         tensors, progress = dict(self.small), Progress(self.rt, "trellis", self.weights)
-        for name, weight, share, own, hessian in self.parts:
+        for name, weight, hessian in self.parts:
+            own = self.rt.own(weight)
             q = torch.zeros(weight.shape, dtype=torch.int32)
             side = [torch.zeros(len(weight), n) for n in (1, weight.size(2), weight.size(1))]
-            if share:
+            if len(own):
                 mean, variance = mean_diagonal(hessian), own.var(-1).mean(-1, keepdim=True).clamp_min(1e-30)
                 cost = 0.16 * 4**price / variance  # a little less than an error's mean square, 0.27 of a squared step
                 factor = error_factor(hessian, torch.clamp(cost.to(mean), 1e-4 * mean, mean))
@@ -1682,11 +1688,10 @@ class TrellisQuantizer:
                 level = levels.mean(-1, keepdim=True)
                 step = torch.exp2(level + price)
                 columns = (STEPS_PER_OCTAVE * (levels - level)).round_().clamp_(-128, 127).to(torch.int8)
-                q[share.start:share.stop] = round_with_feedback(own, factor, column_steps(step[:, 0], columns),
-                                                                round_columns).int()
+                integers = round_with_feedback(own, factor, column_steps(step[:, 0], columns), round_columns)
                 rows = STEPS_PER_OCTAVE * (own.std(-1).clamp_min(1e-30).log2() - step.log2())
-                for whole, part in zip(side, (step, columns, rows.round().clamp(-128, 127))):
-                    whole[share.start:share.stop] = part.float()
+                for whole, part in zip((q, *side), (integers, step, columns, rows.round().clamp(-128, 127))):
+                    self.rt.own(whole).copy_(part)
             shared = [whole.to(self.rt.device) for whole in (q, *side)]
             for whole in shared:
                 self.rt.all_reduce(whole)
@@ -1810,12 +1815,10 @@ def values_of(symbols: np.ndarray, escapes: np.ndarray) -> np.ndarray:
 
 def histogram_levels(counts: np.ndarray) -> np.ndarray:
     """Turn counts [CLASSES, 2, SYMBOLS] into levels int8 [CLASSES, 2, SYMBOLS]: eighths of octaves, 0 for never."""
-    contexts = np.arange(2 * CLASSES).reshape(CLASSES, 2, 1) * SYMBOLS
-    total, shared = (np.bincount((contexts + LEVEL_OF_SYMBOL).ravel(), n, 2 * CLASSES * SYMBOLS).reshape(counts.shape)
-                     for n in (counts.ravel(), None))
-    mean = total / np.maximum(shared, 1)
+    shares = LEVEL_OF_SYMBOL[:, :, None] == np.arange(SYMBOLS)  # [2, symbol, level]
+    mean = np.einsum("cpz,pzl->cpl", counts, shares) / np.maximum(shares.sum(1), 1)
     below = np.log2(np.maximum(mean, 1e-9) / np.maximum(mean.max(2, keepdims=True), 1e-9))
-    return np.where(total > 0, (127 + 8 * below).round().clip(1, 127), 0).astype(np.int8)
+    return np.where(mean > 0, (127 + 8 * below).round().clip(1, 127), 0).astype(np.int8)
 
 
 def frequency_tables(levels: np.ndarray) -> np.ndarray:
@@ -2159,7 +2162,7 @@ def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores,
     """
     length, val = config.eval_seq_len, scores.val
     batch = windows_at_once(config, rt)
-    mine = [chosen[i] for i in rt.share(len(chosen))]
+    mine = rt.own(chosen)
     for count in sorted({count for _, count in mine}, reverse=True):
         starts = [start for start, n in mine if n == count]
         for begin in range(0, len(starts), batch):
@@ -2199,9 +2202,8 @@ def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll
     progress = Progress(rt, "TTT", chunks)
     for number, chosen in enumerate(members):
         score_windows(config, rt, nll_fn, scores, chosen)
-        mine = [chosen[i] for i in rt.share(len(chosen))]
-        if mine and (chunks - 1 - number) % -(-chunks // 32) == 0:
-            look(scores, mine)
+        if (chunks - 1 - number) % -(-chunks // 32) == 0 and rt.own(chosen):
+            look(scores, rt.own(chosen))
         if number + 1 < chunks:
             cosine = 0.5 * (1 + math.cos(math.pi * number / max(chunks - 1, 1)))
             optimizer.param_groups[0]["lr"] = config.ttt_lr * cosine
@@ -2219,8 +2221,7 @@ def adapt(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim
     for _ in range(config.ttt_epochs):
         for batch in sequences.split(config.ttt_batch_seqs):
             grads.zero_()
-            share = rt.share(len(batch))
-            for part in batch[share.start:share.stop].split(at_once):
+            for part in rt.own(batch).split(at_once):
                 if len(part):
                     (loss_fn(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))).backward()
             rt.all_reduce(grads)
@@ -2377,17 +2378,17 @@ def check_unchanged(record: Record, data: TrainData):
 
 
 def artifact_draw(record: Record) -> np.random.Generator:
-    """Random numbers that follow from the artifact: the same on every rank and in every run, known to nobody before."""
-    return np.random.default_rng(int(record.data["artifact_sha256"], 16))
+    """Random numbers that follow from artifact and rank: the same in every run, and known to nobody before."""
+    return np.random.default_rng((int(record.data["artifact_sha256"], 16), record.rt.rank))
 
 
 @torch.no_grad()
 def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, val: ValidationData):
     """Show on the spot, through the scoring functions themselves, that a score is causal and normalized."""
     length, rows, vocab = config.eval_seq_len, windows_at_once(config, record.rt), config.vocab_size
-    starts = torch.from_numpy(artifact_draw(record).integers(val.targets - length + 1, size=(rows, 1))).to(val.tokens)
-    tokens = val.tokens[starts.long() + torch.arange(length + 1, device=starts.device)].long()
-    ahead = torch.arange(length + 1, device=tokens.device)
+    starts = torch.from_numpy(artifact_draw(record).integers(val.targets - length + 1, size=(rows, 1)))
+    ahead = torch.arange(length + 1, device=val.tokens.device)
+    tokens = val.tokens[starts.to(ahead) + ahead].long()
     kept, ok = {}, True
     for cut in (length // 4, length // 2, length - 2):  # other tokens from here on, documents' beginnings among them
         other = torch.where((ahead % 3 == 0) & (tokens != 1), 1, (tokens + 1) % vocab)
@@ -2801,7 +2802,8 @@ def read_records(config: Config) -> list[dict]:
             results_table(records[-1:])
             if (type(records[-1]["settings"]), type(records[-1]["hardware"])) != (dict, str):
                 raise ValueError("settings or hardware are none")
-            untold = [line for line in told_by(records[-1]) if line not in log.decode()]
+            text = log.decode()
+            untold = [line for line in told_by(records[-1]) if line not in text]
             if untold:
                 raise ValueError(f"its log does not say {untold[0]!r}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -3086,7 +3088,7 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
         scores = evaluate(config, rt, nll_fn, val, stride, stage)
         record.stage(stage, label, scores)
         chosen = windows(config, val.targets, stride)
-        check_entered(record, scores, stage, [look(scores, chosen) for _ in range(32)], most)
+        check_entered(record, scores, stage, [look(scores, chosen) for _ in rt.share(32)], most)
     if config.ttt_enabled:
         deviations: list[float] = []
         scores = evaluate_ttt(config, rt, model, loss_fn, nll_fn, val, lambda *seen: deviations.append(look(*seen)))
@@ -3159,7 +3161,7 @@ def refuse_code_beside():
 
 
 def fail(message: str, code: int):
-    """End this rank at once: what the process group has under way must not hold up or spoil the exit."""
+    """End this rank: what the process group has under way must not hold up or spoil the exit."""
     if os.environ.get("RANK", "0") == "0":
         print(f"train_gpt.py: {message}", file=sys.stderr)
     else:

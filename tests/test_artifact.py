@@ -231,9 +231,7 @@ def test_frequencies_are_those_of_an_integer_and_its_negative():
     for odd in (0, 1):
         both = counts[:, odd].astype(float)
         both[:, small] = (both[:, small] + counts[:, odd, mirrored(small, np.full(63, odd))]) / 2
-        if not odd:
-            both[:, 63] = (counts[:, 0, 63])  # 32's negative
-        else:
+        if odd:  # of the even ones, the last symbol's negative is none any more
             both[:, [62, 63]] = counts[:, 1, 62:64].mean(1, keepdims=True)
         found = tables[odd::2]
         assert np.array_equal(found > 0, both > 0)
@@ -613,7 +611,7 @@ def fuzz_decoder(count: int) -> collections.Counter:
 
 
 def test_mutated_codes_are_refused_or_whole():
-    outcomes = fuzz_decoder(100)
+    outcomes = fuzz_decoder(200)
     for said in ("read", "do not end where they should", "histograms are none", "lanes does not fit", "not be broad"):
         assert any(said in outcome for outcome in outcomes), (said, outcomes)
 
