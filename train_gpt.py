@@ -84,7 +84,7 @@ class UsageError(ValueError):
     """Bad input, found before any work is done; the message names what is wrong and what is allowed."""
 
 
-def setting(room, default, meaning, low=None, high=None, choices=None):
+def setting(room, default, meaning="", low=None, high=None, choices=None):
     """Declare one setting: the room it belongs to, default, meaning and allowed values (bounds included)."""
     return dataclasses.field(default=default, metadata={"room": room, "meaning": meaning, "low": low, "high": high,
                                                         "choices": choices})
@@ -101,7 +101,8 @@ class Config:
     mode: str = _run("train", "train: all stages; eval: score OUT_DIR's artifact; pack: write the packed script; "
                      "collect: records to submission.json; help: this", choices=("train", "eval", "pack", "collect",
                                                                                 "help"))
-    preset: str = _run("pr1541", "named values for other settings", choices=("pr1541", "smoke"))
+    preset: str = _run("pr1541", "named values for other settings", choices=("pr1541", "pr1858", "pr1395",
+                                                                                 "pr1517", "smoke"))
     seed: int = _run(1337, "weights and the order of the training data", 0, 2**31 - 1)
     run_id: str = _run("", "name of the log and the record; empty: preset, seed and time")
     out_dir: str = _run("./out", "folder for the weights, the artifact and the packed script")
@@ -131,12 +132,19 @@ class Config:
     qk_gain_init: float = _model(5.25, "initial gain of each head's queries", 0, 100)
     xsa_last_n: int = _model(11, "last layers whose attention is cleared of its own value", 0, 64)
     ln_scale: bool = _model(True, "divide the input of layer i's sublayers by sqrt(i + 1)")
-    parallel_residual: str = _model("improved", "improved: two lanes that mix", choices=("improved", "none"))
-    parallel_residual_start: int = _model(7, "first layer with two lanes", 0, 64)
-    num_loops: int = _model(2, "further runs of layers LOOP_START..LOOP_END; 0: none", 0, 8)
+    parallel_residual: str = _model("improved", "plain: attention and MLP read one stream; lanes: two streams, joined "
+                                    "at the end; improved: two that mix", choices=("improved", "plain", "lanes",
+                                                                                   "none"))
+    parallel_residual_start: int = _model(7, "first layer with parallel residuals", 0, 64)
+    num_loops: int = _model(2, "further runs of the looped layers; 0: none", 0, 8)
     loop_start: int = _model(3, "first looped layer", 0, 63)
     loop_end: int = _model(5, "last looped layer", 0, 63)
+    recur_layers: str = _model("", "the looped layers, separated by commas; empty: LOOP_START..LOOP_END")
+    max_skips: int = _model(0, "U-Net skips at most; 0: one from each layer of the first half", 0, 64)
     skip_gates_enabled: bool = _model(True, "gate the U-Net skips; 0: add them")
+    smear_gate_enabled: bool = _model(False, "mix a token's embedding with that of the token before it")
+    ve_layers: str = _model("", "layers whose values get value embeddings, separated by commas")
+    ve_dim: int = _model(128, "width of the value embeddings", 1, 16384)
     logit_softcap: float = _model(30.0, "logits are bounded by this, smoothly", 1, 60)
     tied_embed_init_std: float = _model(0.005, "standard deviation of the initial embedding", 0, 1)
 
@@ -147,6 +155,7 @@ class Config:
     train_log_every: int = _optim(500, "steps between two log lines (at most 30 s pass)", 1, 10**9)
     val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only after the last", 0, 10**9)
     enable_looping_at: float = _optim(0.35, "part of the budget after which the loops run", 0, 1)
+    recur_start_step: int = _optim(0, "step from which on the loops run; 0: ENABLE_LOOPING_AT decides", 0, 10**9)
     matrix_lr: float = _optim(0.03, "Muon's learning rate", 0, 10)
     muon_momentum: float = _optim(0.97, "Muon's momentum", 0, 1)
     muon_momentum_warmup_start: float = _optim(0.92, "Muon's momentum at step 0", 0, 1)
@@ -162,18 +171,30 @@ class Config:
     beta2: float = _optim(0.95, "AdamW", 0, 0.9999)
     adam_eps: float = _optim(1e-8, "AdamW", 1e-12, 1)
     grad_clip_norm: float = _optim(0.3, "bound of the global gradient norm; 0: none", 0, 10**6)
-    warmdown_frac: float = _optim(0.72, "last part of the budget, over which the learning rates fall linearly", 0, 1)
-    min_lr: float = _optim(0.0, "learning-rate multiplier at the end", 0, 1)
+    warmdown_frac: float = _optim(0.72, "last part of the budget, over which the learning rates fall", 0, 1)
+    lr_schedule: str = _optim("linear", "how they fall: to 0, or by a cosine to MIN_LR", choices=("linear", "cosine"))
+    min_lr: float = _optim(0.0, "learning-rate multiplier at least", 0, 1)
     ema_decay: float = _optim(0.9965, "decay per step of the averaged weights; 0: no averaging", 0, 0.999999)
+    swa_every: int = _optim(0, "steps between two snapshots of a uniform average instead; 0: EMA_DECAY's", 0, 10**9)
+    late_qat_threshold: float = _optim(0.0, "learning-rate multiplier below which the matrices are trained as if "
+                                       "rounded; 0: never", 0, 1)
+    prequant_ttt_enabled: bool = _optim(False, "fine-tune before quantization")
+    prequant_ttt_data: str = _optim("val", "on what; val: tokens that are scored later, which the contest forbids",
+                                    choices=("val", "train"))
+    prequant_ttt_epochs: int = _optim(22, "passes over as many tokens as the validation split has", 1, 1000)
+    prequant_ttt_lr: float = _optim(2.5e-4, "AdamW's learning rate, which falls by a cosine to a tenth", 0, 10)
+    prequant_ttt_freeze_blocks: int = _optim(1, "first layers that stay as they are", 0, 64)
 
     gptq_calibration_batches: int = _quant(64, "batches of training tokens for the Hessians", 1, 10**5)
     quantizer: str = _quant("trellis", "trellis: fitted to TARGET_BYTES; sdclip: PR #1541's, with the next four",
                             choices=("trellis", "sdclip"))
-    target_bytes: int = _quant(16_000_000, "code + artifact at most, with QUANTIZER=trellis", 1, 2**30)
+    target_bytes: int = _quant(16_000_000, "code + artifact at most, with trellis or pruning", 1, 2**30)
     matrix_bits: int = _quant(6, "bits of a matrix entry", 2, 8)
     matrix_clip_sigmas: float = _quant(12.85, "row scale of the matrices in standard deviations", 0.1, 1000)
     embed_bits: int = _quant(8, "bits of an embedding entry", 2, 8)
     embed_clip_sigmas: float = _quant(20.0, "row scale of the embedding in standard deviations", 0.1, 1000)
+    embed_gptq_enabled: bool = _quant(True, "feed the embedding's rounding errors forward; 0: round to the nearest")
+    selective_pruning_enabled: bool = _quant(False, "QUANTIZER=sdclip: drop the least of all +-1 to fit TARGET_BYTES")
     compressor: str = _quant("brotli", "byte compressor of the artifact", choices=("brotli", "lzma"))
 
     eval_seq_len: int = _eval(2048, "tokens of one scored window", 8, 2**17)
@@ -202,7 +223,10 @@ class Config:
         Raises UsageError that lists every misspelt name, every bad value and every pair that does not fit.
         """
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        problems, given, base = [] if PACKED else misspelt(env, list(fields)), {}, {}
+        problems, given, base = [], {}, {}
+        if ALIASES:
+            env, problems = meant_by_preset(env)
+        problems += [] if PACKED else misspelt(env, list(fields))
         problems += [UsageError(f"the artifact was made with {name}, which is no setting of its own in this script")
                      for name in stored or () if name not in STORED_SETTINGS]
         for values, text_of in ((given, env), (base, {name.upper(): value for name, value in (stored or {}).items()})):
@@ -224,9 +248,8 @@ class Config:
 
     def check(self):
         """Raise UsageError that names every pair of settings that does not fit together."""
-        values = {f.name.upper(): getattr(self, f.name) for f in dataclasses.fields(self)}
-        broken = [f"{rule} ({', '.join(f'{name}={values[name]}' for name in variables_in(rule))})"
-                  for rule in CONSTRAINTS if not eval(rule, dict(values))]
+        broken = [rule if PACKED else rule_with_values(rule, vars(self)) for rule in CONSTRAINTS
+                  if not eval(rule, dict(vars(self)))]
         if broken:
             raise UsageError("\n  ".join(["each of these must hold:", *broken]))
 
@@ -234,6 +257,11 @@ class Config:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.model_dim // self.num_heads
+
+    @property
+    def looped_layers(self) -> list[int]:
+        """The layers that run again, in the order in which they do."""
+        return numbers(self.recur_layers) or [*range(self.loop_start, self.loop_end + 1)]
 
     @property
     def shard_dir(self) -> Path:
@@ -254,15 +282,18 @@ class Config:
                 if getattr(self, f.name) != f.default and not f.name.endswith(("_dir", "_path"))}
 
 
-# What must hold between settings: expressions in their variables, which an error shows as they stand.
+# What must hold between settings: expressions, which an error shows with the values of their variables.
 CONSTRAINTS = (
-    "MODEL_DIM % NUM_HEADS == 0", "NUM_HEADS % NUM_KV_HEADS == 0", "EMBEDDING_DIM in (0, MODEL_DIM)",
-    "ROPE_DIMS % 2 == 0 and ROPE_DIMS <= MODEL_DIM // NUM_HEADS",
-    "NUM_LOOPS == 0 or LOOP_START <= LOOP_END < NUM_LAYERS", "TRAIN_BATCH_TOKENS % TRAIN_SEQ_LEN == 0",
-    "MICRO_BATCH_TOKENS == 0 or max(EVAL_SEQ_LEN, TRAIN_SEQ_LEN * (MODE != 'eval')) <= MICRO_BATCH_TOKENS",
-    "EVAL_STRIDE <= EVAL_SEQ_LEN <= TTT_CHUNK_TOKENS",
-    "MAX_WALLCLOCK_SECONDS == 0 or GPTQ_RESERVE_SECONDS < MAX_WALLCLOCK_SECONDS",
-    "all(c.isalnum() or c in '._-' for c in RUN_ID)",
+    "model_dim % num_heads == 0", "num_heads % num_kv_heads == 0", "embedding_dim in (0, model_dim)",
+    "rope_dims % 2 == 0 and rope_dims <= model_dim // num_heads",
+    "num_loops == 0 or recur_layers != '' or loop_start <= loop_end < num_layers",
+    "all(i.strip().isdigit() and int(i) < num_layers for i in f'{recur_layers},{ve_layers}'.split(',') if i)",
+    "ve_layers == '' or quantizer == 'sdclip'", "selective_pruning_enabled == 0 or quantizer == 'sdclip'",
+    "train_batch_tokens % train_seq_len == 0",
+    "micro_batch_tokens == 0 or max(eval_seq_len, train_seq_len * (mode != 'eval')) <= micro_batch_tokens",
+    "eval_stride <= eval_seq_len <= ttt_chunk_tokens",
+    "max_wallclock_seconds == 0 or gptq_reserve_seconds < max_wallclock_seconds",
+    "all(c.isalnum() or c in '._-' for c in run_id)",
 )
 
 # How an artifact was made: MODE=eval cannot change it.
@@ -275,6 +306,16 @@ STORED_SETTINGS = (*SETTLED_SETTINGS, *(f.name for f in dataclasses.fields(Confi
 PRESETS = {
     # PR #1541 is the default system: the fields above are its values.
     "pr1541": {"ttt_enabled": True},
+    "pr1858": {"parallel_residual": "plain", "matrix_lr": 0.022, "muon_momentum": 0.99, "quantizer": "sdclip",
+               "ttt_enabled": True, "ttt_epochs": 2},
+    "pr1395": {"vocab_size": 4096, "qk_gain_init": 5.0, "parallel_residual": "lanes", "num_loops": 1,
+               "recur_layers": "4,5", "recur_start_step": 3000, "max_skips": 5, "ve_layers": "9,10", "matrix_lr": 0.02,
+               "muon_momentum": 0.99, "muon_wd": 0.09, "ema_decay": 0.997, "warmdown_frac": 0.667,
+               "quantizer": "sdclip", "embed_gptq_enabled": False, "selective_pruning_enabled": True},
+    "pr1517": {"parallel_residual": "none", "num_loops": 1, "recur_layers": "3,4,5", "recur_start_step": 3000,
+               "max_skips": 5, "smear_gate_enabled": True, "matrix_lr": 0.02, "muon_momentum": 0.99,
+               "warmdown_frac": 0.667, "late_qat_threshold": 0.15, "gptq_calibration_batches": 256,
+               "quantizer": "sdclip", "matrix_clip_sigmas": 9.5},
     # Every stage in about a minute on two CPU cores, with no data and no GPU: the same pipeline, small numbers.
     "smoke": {
         "data_dir": "./out/smoke_data", "corpus": "embedded", "vocab_size": 1024, "num_layers": 8, "model_dim": 96,
@@ -287,9 +328,26 @@ PRESETS = {
     },
 }
 
+# What a submission's own variables are called here, where the same names mean something else.
+ALIASES = {"pr1517": {f"TTT_{name}": f"PREQUANT_TTT_{name}" for name in ("ENABLED", "EPOCHS", "LR", "FREEZE_BLOCKS")}}
+
 # Prefixes that nobody but this script uses: an unknown variable that starts with one is a mistake, not a stranger.
-KNOWN_PREFIXES = ("TTT_", "MUON_", "GPTQ_", "ROPE_", "LOOP_", "XSA_", "EMA_", "MATRIX_", "EMBED_", "TIED_EMBED_",
-                  "WARMDOWN_", "EVAL_", "PARALLEL_RESIDUAL", "PREQUANT_", "RECUR_", "PPM_", "QK_", "SKIP_GATES")
+KNOWN_PREFIXES = ("TTT_", "MUON_", "GPTQ_", "ROPE_", "LOOP_", "XSA_", "EMA_", "SWA_", "MATRIX_", "EMBED_", "VE_",
+                  "TIED_EMBED_", "WARMDOWN_", "EVAL_", "PARALLEL_RESIDUAL", "PREQUANT_", "RECUR_", "PPM_", "QK_",
+                  "SKIP_GATES", "SMEAR_", "LATE_QAT")
+
+
+def numbers(text: str) -> list[int]:
+    """Split whole numbers at their commas."""
+    return [int(part) for part in text.split(",") if part]
+
+
+def meant_by_preset(env: Mapping[str, str]) -> tuple[dict[str, str], list]:
+    """Give the variables of `env` the names that its PRESET means by them, and describe those that then clash."""
+    aliases = ALIASES.get(env.get("PRESET"), {})
+    clashes = [UsageError(f"{name} means {aliases[name]} with PRESET={env['PRESET']}: set one of them")
+               for name in aliases if name in env and aliases[name] in env]
+    return {aliases.get(name, name): text for name, text in env.items()}, clashes
 
 
 def misspelt(env: Mapping[str, str], known: list[str]) -> list[str]:
@@ -332,9 +390,10 @@ def allowed_values(field: dataclasses.Field) -> str:
     return kind if limits["low"] is None else f"{kind} from {limits['low']} to {limits['high']}"
 
 
-def variables_in(text: str) -> list[str]:
-    """List the settings that a sentence names."""
-    return [word for word in re.findall(r"[A-Z][A-Z_]+[A-Z]", text) if hasattr(Config, word.lower())]
+def rule_with_values(rule: str, values: Mapping[str, object]) -> str:
+    """Write a constraint in the variables that it is about, and these variables beside it."""
+    words = {word: values[word] for word in re.findall(r"\w+", rule) if word in values}
+    return f"{re.sub('|'.join(words), lambda m: m[0].upper(), rule)} ({assignments(words)})"
 
 
 def print_help():
@@ -566,6 +625,7 @@ class Progress:
 # ----------------------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+BOS = 1  # begins every document
 HOW_TO_GET_DATA = ("Get FineWeb with the contest's downloader (see README.md), set DATA_DIR, or try the whole pipeline "
                    "without data: PRESET=smoke")
 
@@ -591,7 +651,7 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
     if sp.vocab_size() != config.vocab_size:
         raise UsageError(f"{path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={config.vocab_size}")
     ids = [sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()]
-    if ids != [0, 1, 2, 3]:  # a document of a shard starts with BOS, 1
+    if ids != [0, BOS, 2, 3]:
         raise UsageError(f"{path} has the control ids {ids} (pad, BOS, EOS, unknown), not the contest's [0, 1, 2, 3]")
     text = " ".join([*map(chr, range(33, 127)), *documentation().values()])
     text = " ".join(text.encode("ascii", "ignore").decode().split())[:100_000]
@@ -779,6 +839,12 @@ class ValidationData:
         return total_nats / math.log(2) / self.bytes
 
 
+def first_windows(data: TrainData, count: int) -> Tensor:
+    """The first `count` training windows, or as many as there are: [windows, seq_len + 1] int64 on the device."""
+    count = min(count, int(data.first_window[-1]))
+    return torch.from_numpy(np.stack([data.window(i) for i in range(count)]).astype(np.int64)).to(data.rt.device)
+
+
 def sha256(data: bytes | np.ndarray) -> str:
     """Hexadecimal SHA-256."""
     return hashlib.sha256(data).hexdigest()
@@ -840,21 +906,22 @@ class VirtualLayer(NamedTuple):
     """One entry of the schedule: which physical layer runs, on how many lanes, and what it does to the skip stack."""
 
     layer: int  # physical layer whose weights are used
-    lanes: int  # 1: one residual stream; 2: attention reads lane 0, the MLP lane 1
+    parallel: bool  # attention and MLP side by side, as PARALLEL_RESIDUAL says
     push: bool  # encoder half: the output goes onto the skip stack
     skip: int  # decoder half: row of the skip weights that merges the popped skip; -1: none
 
 
 def build_schedule(config: Config, looping: bool) -> tuple[VirtualLayer, ...]:
-    """List the virtual layers: the looped stretch repeated, first half encoder, second half decoder (U-Net skips)."""
+    """List the virtual layers: the looped ones repeated, first half encoder, second half decoder (U-Net skips)."""
     order = list(range(config.num_layers))
     if looping:
-        start, stop = config.loop_start, config.loop_end + 1
-        order = order[:start] + order[start:stop] * (config.num_loops + 1) + order[stop:]
+        again, stop = config.looped_layers, max(config.looped_layers) + 1
+        order = order[:stop] + again * config.num_loops + order[stop:]
     encoder = len(order) // 2
-    two_lanes_from = config.parallel_residual_start if config.parallel_residual == "improved" else config.num_layers
-    lanes = [2 if max(order[:i + 1]) >= two_lanes_from else 1 for i in range(len(order))]  # two lanes stay two
-    return tuple(VirtualLayer(layer, lanes[i], i < encoder, i - encoder if encoder <= i < 2 * encoder else -1)
+    skips = min(encoder, config.max_skips or encoder)
+    first = config.num_layers if config.parallel_residual == "none" else config.parallel_residual_start
+    parallel = [max(order[:i + 1]) >= first for i in range(len(order))]  # two lanes stay two
+    return tuple(VirtualLayer(layer, parallel[i], i < encoder, i - encoder if encoder <= i < encoder + skips else -1)
                  for i, layer in enumerate(order))
 
 
@@ -934,6 +1001,7 @@ class SquaredLeakyReLU(torch.autograd.Function):
         return (grad * ctx.saved_tensors[0]).mul_(2)
 
 
+MIN_ROW_SCALE = 2.0**-24  # fp16's smallest positive number: an all-zero row still has a scale to divide by
 HEAD_CHUNK_TOKENS = {"cpu": 512, "cuda": 16384}  # rows of logits that exist at a time; CPU: they stay in the cache
 
 
@@ -976,6 +1044,52 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         return grad_x * grad, grad_weight * grad, None, None
 
 
+def row_scale(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """SDClip's step of each row of w [..., out, in] -> [..., out, 1]: clip_sigmas deviations over the top integer."""
+    scale = clip_sigmas * w.std(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+    return scale.clamp(MIN_ROW_SCALE, torch.finfo(torch.half).max)
+
+
+def fake_quantize(w: Tensor, config: Config) -> Tensor:
+    """Round matrices [..., out, in] as SDClip would; gradients pass as if nothing had been done (Bengio et al. 2013).
+
+    From the warm-down's end on (LATE_QAT_THRESHOLD) the weights learn to bear their rounding.
+    """
+    with torch.no_grad():
+        top, step = 2 ** (config.matrix_bits - 1) - 1, row_scale(w, config.matrix_bits, config.matrix_clip_sigmas)
+        error = (w / step).round().clamp(-top, top) * step - w
+    return w + error
+
+
+def smear(x: Tensor, ids: Tensor, gate: Tensor) -> Tensor:
+    """SmearGate: mix x [B, T, D] with the position before, by sigmoid(gate [D]), never across documents' beginnings."""
+    before = torch.where((ids == BOS)[..., None], x, torch.cat((x[:, :1], x[:, :-1]), 1))
+    return torch.lerp(x, before, torch.sigmoid(gate).to(x.dtype))
+
+
+class ValueEmbedding(nn.Module):
+    """A narrow table of tokens, projected and added to the values of a few layers (PR #1395; zero at first)."""
+
+    def __init__(self, config: Config, kv_dim: int):
+        """Make the parameters."""
+        super().__init__()
+        self.layers, self.heads = numbers(config.ve_layers), config.num_kv_heads
+        self.table = nn.Parameter(torch.empty(config.vocab_size, config.ve_dim).normal_(0, 0.01))
+        self.bank = nn.Parameter(torch.zeros(1, kv_dim, config.ve_dim))  # a bank of one, for Muon
+        self.scale = nn.Parameter(torch.full((), 0.1))
+        self.layer_scales = nn.Parameter(torch.ones(len(self.layers)))
+
+    def forward(self, gpt: GPT, ids: Tensor) -> dict[int, Tensor]:
+        """Token ids [B, T] -> {layer: [B, T, G, d]}, in the compute dtype of `gpt`."""
+        narrow = F.embedding(ids, self.table).to(gpt.dtype)
+        values = gpt.project(narrow, self.bank[0].to(gpt.dtype), "values").unflatten(-1, (self.heads, -1))
+        scales = (self.scale * self.layer_scales).to(gpt.dtype)
+        return {layer: values * scale for layer, scale in zip(self.layers, scales)}
+
+
+TABLES = ("embedding", "value_embedding.table")  # parameters with a row for each token
+
+
 class GPT(nn.Module):
     """The language model: tied embedding, virtual layers with U-Net skips, softcapped head.
 
@@ -987,13 +1101,13 @@ class GPT(nn.Module):
     def __init__(self, config: Config, attention: str = "sdpa"):
         """Make the parameters (fp32, on the CPU, from torch's global generator: torch.manual_seed decides)."""
         super().__init__()
-        self.config, self.attention, self.looping = config, attention, False
+        self.config, self.attention, self.looping, self.late_qat = config, attention, False, False
         self.dtype = torch.float32  # of the matrix products; `to_compute` sets another
         layers, dim, heads = config.num_layers, config.model_dim, config.num_heads
         kv_dim, hidden = config.num_kv_heads * config.head_dim, round(config.mlp_mult * dim)
         self.schedules = {looping: build_schedule(config, looping and config.num_loops > 0)
                           for looping in (False, True)}
-        skips = sum(v.push for v in self.schedules[True])
+        skips = sum(v.skip >= 0 for v in self.schedules[True])
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, dim).normal_(0, config.tied_embed_init_std))
         self.qo_bank = nn.Parameter(torch.zeros(2 * layers, dim, dim))  # q of layer i at i, output at layers + i
         self.kv_bank = nn.Parameter(torch.zeros(2 * layers, kv_dim, dim))  # k of layer i at i, v at layers + i
@@ -1009,10 +1123,14 @@ class GPT(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(layers, dim))
         self.q_gain = nn.Parameter(torch.full((layers, heads), config.qk_gain_init))
         self.skip_weights = nn.Parameter(torch.ones(skips, dim))
+        # What is off is None: no parameter.
         self.skip_gates = nn.Parameter(torch.zeros(skips, dim)) if config.skip_gates_enabled else None
         improved = config.parallel_residual == "improved"
         self.par_resid = nn.Parameter(torch.full((layers, 2), math.sqrt(1.1))) if improved else None
         self.par_post = nn.Parameter(torch.ones(layers, 2, 2)) if improved else None
+        self.lane_merge = nn.Parameter(torch.full((), 0.5)) if config.parallel_residual == "lanes" else None
+        self.smear_gate = nn.Parameter(torch.zeros(dim)) if config.smear_gate_enabled else None
+        self.value_embedding = ValueEmbedding(config, kv_dim) if config.ve_layers else None
 
     def to_compute(self, rt: Runtime) -> GPT:
         """Move to the runtime's device, dtype and attention kernel; masters stay fp32."""
@@ -1026,7 +1144,7 @@ class GPT(nn.Module):
                 "kv_bank": [f"attn_in.{i}" for i in layers] * 2,
                 "up_bank": [f"mlp_in.{i}" for i in layers],
                 "down_bank": [f"mlp_hidden.{i}" for i in layers],
-                "embedding": ["head"]}
+                "embedding": ["head"], **({"value_embedding.bank": ["values"]} if self.config.ve_layers else {})}
 
     def project(self, x: Tensor, matrix: Tensor, site: str) -> Tensor:
         """Apply a matrix [out, in]; every input of a matrix product but the loss's passes here, under its site."""
@@ -1035,18 +1153,22 @@ class GPT(nn.Module):
     def layer_weights(self) -> list[LayerWeights]:
         """Join and scale the matrices, cast them to the compute dtype and sort them by layer."""
         n, groups = self.config.num_layers, self.config.num_kv_heads
-        stacks = [torch.cat((self.qo_bank[:n], self.kv_bank[:n], self.kv_bank[n:]), 1),
-                  self.attn_scale[:, :, None] * self.qo_bank[n:], self.up_bank,
-                  self.mlp_scale[:, :, None] * self.down_bank,
+        qo, kv, up, down = (self.qo_bank, self.kv_bank, self.up_bank, self.down_bank)
+        if self.config.late_qat_threshold and self.late_qat:
+            qo, kv, up, down = (fake_quantize(bank, self.config) for bank in (qo, kv, up, down))
+        stacks = [torch.cat((qo[:n], kv[:n], kv[n:]), 1), self.attn_scale[:, :, None] * qo[n:], up,
+                  self.mlp_scale[:, :, None] * down,
                   F.pad(self.q_gain, (0, groups), value=1.0)[:, :, None], self.resid_mix, self.par_resid, self.par_post]
         return [LayerWeights(*w) for w in
                 zip(*([None] * n if stack is None else stack.to(self.dtype).unbind() for stack in stacks))]
 
-    def attend(self, x: Tensor, w: LayerWeights, layer: int, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Attention sublayer: [B, T, D] -> [B, T, D]."""
+    def attend(self, x: Tensor, w: LayerWeights, layer: int, rope: tuple[Tensor, Tensor],
+               values: Tensor | None) -> Tensor:
+        """Attention sublayer: [B, T, D] -> [B, T, D]; `values` [B, T, G, d] are added to its own."""
         heads, groups = self.config.num_heads, self.config.num_kv_heads
         qkv = self.project(x, w.qkv, f"attn_in.{layer}").unflatten(-1, (-1, self.config.head_dim))
         qk, v = qkv.split((heads + groups, groups), dim=2)
+        v = v if values is None else v + values
         q, k = rotate(norm(qk, w.qk_gain), *rope).split((heads, groups), dim=2)
         y = causal_attention(q, k, v, self.attention)
         if layer >= self.config.num_layers - self.config.xsa_last_n:
@@ -1058,15 +1180,25 @@ class GPT(nn.Module):
         hidden = SquaredLeakyReLU.apply(self.project(x, w.up, f"mlp_in.{layer}"))
         return self.project(hidden, w.down, f"mlp_hidden.{layer}")
 
-    def block(self, lanes: list[Tensor], x0: Tensor, w: LayerWeights, layer: int, rope) -> list[Tensor]:
-        """Run one physical layer on one residual stream or on two lanes (PR #1529), each [B, T, D]."""
-        depth = 1 / math.sqrt(layer + 1) if self.config.ln_scale else 1.0
-        mixed = [torch.addcmul(w.resid_mix[0] * lane, w.resid_mix[1], x0) for lane in lanes]
-        attn_out = self.attend(norm(mixed[0], depth), w, layer, rope)
-        if len(lanes) == 1:
-            x = mixed[0] + attn_out
+    def block(self, lanes: list[Tensor], x0: Tensor, w: LayerWeights, v: VirtualLayer, rope,
+              values: Tensor | None) -> list[Tensor]:
+        """Run one physical layer on one residual stream or on two lanes, each [B, T, D]."""
+        layer, depth = v.layer, 1 / math.sqrt(v.layer + 1) if self.config.ln_scale else 1.0
+
+        def mixed(lane: Tensor) -> Tensor:
+            return torch.addcmul(w.resid_mix[0] * lane, w.resid_mix[1], x0)
+
+        x = mixed(lanes[0])
+        attn_out = self.attend(norm(x, depth), w, layer, rope, values)
+        if not v.parallel:
+            x = x + attn_out
             return [x + self.mlp(norm(x, depth), w, layer)]
-        mlp_out = self.mlp(norm(mixed[1], depth), w, layer)
+        if self.config.parallel_residual == "plain":
+            return [x + attn_out + self.mlp(norm(x, depth), w, layer)]
+        if self.config.parallel_residual == "lanes":  # PR #1395: attention has one lane, the MLP the other
+            return [x + attn_out, lanes[1] + self.mlp(norm(lanes[1], depth), w, layer)]
+        # PR #1529: the mixes only feed the sublayers, the lanes themselves go on unmixed.
+        mlp_out = self.mlp(norm(mixed(lanes[1]), depth), w, layer)
         (a, b), post = w.par_resid, w.par_post
         return [(a * b) * lane + (b * post[0, k]) * attn_out + post[1, k] * mlp_out for k, lane in enumerate(lanes)]
 
@@ -1083,16 +1215,21 @@ class GPT(nn.Module):
         angles = rotary_angles(self.config, ids.size(1), ids.device)
         rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
         x0 = norm(F.embedding(ids, self.embedding).to(self.dtype))
+        if self.config.smear_gate_enabled:
+            x0 = smear(x0, ids, self.smear_gate)
+        values = self.value_embedding(self, ids) if self.config.ve_layers else {}
         lanes, skips = [x0], []
         for v in self.schedules[self.looping]:
+            if v.parallel and self.config.parallel_residual != "plain" and len(lanes) == 1:
+                lanes = lanes * 2
             if v.skip >= 0:
-                skip = skips.pop()
-                lanes = [self.merge_skip(lane, skip, v.skip) for lane in lanes]
-            if v.lanes > len(lanes):
-                lanes = lanes * v.lanes
-            lanes = self.block(lanes, x0, weights[v.layer], v.layer, rope)
+                skip, entered = skips.pop(), 1 if self.config.parallel_residual == "lanes" else len(lanes)
+                lanes = [self.merge_skip(lane, skip, v.skip) for lane in lanes[:entered]] + lanes[entered:]
+            lanes = self.block(lanes, x0, weights[v.layer], v, rope, values.get(v.layer))
             if v.push:
                 skips.append(lanes[-1])
+        if self.config.parallel_residual == "lanes" and len(lanes) > 1:
+            return norm(torch.lerp(lanes[1], lanes[0], self.lane_merge.to(self.dtype)))
         return norm(lanes[-1])
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -1148,7 +1285,7 @@ def bind_gradients(params: list[Tensor], sizes: list[int] | None = None) -> Tens
 
 
 class Optimizer:
-    """Muon on the banks and AdamW on everything else, for one rank and many.
+    """Muon on the banks and AdamW on everything else, the tables of tokens apart, for one rank and many.
 
     All gradients live in one flat buffer. A step sums each bank's gradients into the rank that owns that slice of the
     bank (reduce-scatter), orthogonalizes the own slice, and gathers the updates behind the AdamW steps. A bank whose
@@ -1158,17 +1295,19 @@ class Optimizer:
     def __init__(self, config: Config, rt: Runtime, model: GPT):
         """Lay the gradients of `model` into one buffer and make the optimizer states."""
         self.config, self.rt = config, rt
-        self.banks = [getattr(model, name) for name in GPT.BANKS]
-        rest = [p for name, p in model.named_parameters() if name not in (*GPT.BANKS, "embedding")]
+        named = dict(model.named_parameters())
+        self.banks = [p for name, p in named.items() if name.endswith("bank")]
+        tables = [named[name] for name in TABLES if name in named]
+        rest = [p for name, p in named.items() if not name.endswith(("bank", *TABLES))]
         padded = [-(-len(bank) // rt.world) * rt.world for bank in self.banks]
         sizes = [n * bank[0].numel() for n, bank in zip(padded, self.banks)]
-        small = [model.embedding, *rest]
+        small = [*tables, *rest]
         self.grads = bind_gradients([*self.banks, *small], sizes + [p.numel() for p in small])
         *bank_grads, self.small_grads = self.grads.split([*sizes, len(self.grads) - sum(sizes)])
         self.bank_grads = [g.view(n, *bank.shape[1:]) for g, n, bank in zip(bank_grads, padded, self.banks)]
         self.momenta = [torch.zeros_like(g[:len(g) // rt.world]) for g in self.bank_grads]
         self.adamw = torch.optim.AdamW(
-            [{"params": [model.embedding], "lr": config.tied_embed_lr, "weight_decay": config.embed_wd},
+            [{"params": tables, "lr": config.tied_embed_lr, "weight_decay": config.embed_wd},
              {"params": rest, "lr": config.scalar_lr, "weight_decay": config.adam_wd}],
             betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
         self.base_lrs = [group["lr"] for group in self.adamw.param_groups]
@@ -1221,10 +1360,14 @@ class Optimizer:
 
 
 def lr_multiplier(config: Config, frac: float) -> float:
-    """Factor of all learning rates at `frac` of the budget: 1, then linear to 0 over WARMDOWN_FRAC, MIN_LR at least."""
-    if frac <= 1 - config.warmdown_frac:
-        return 1.0
-    return max((1 - frac) / config.warmdown_frac, config.min_lr)
+    """Factor of all learning rates at `frac` of the budget: 1, then over WARMDOWN_FRAC linear to 0, MIN_LR at least.
+
+    LR_SCHEDULE=cosine falls to MIN_LR by half a cosine instead.
+    """
+    left = min((1 - frac) / config.warmdown_frac, 1.0) if frac > 1 - config.warmdown_frac else 1.0
+    if config.lr_schedule == "cosine":
+        return config.min_lr + (1 - config.min_lr) * (1 - math.cos(math.pi * max(left, 0.0))) / 2
+    return max(left, config.min_lr)
 
 
 def muon_momentum(config: Config, step: int) -> float:
@@ -1233,21 +1376,31 @@ def muon_momentum(config: Config, step: int) -> float:
     return (1 - frac) * config.muon_momentum_warmup_start + frac * config.muon_momentum
 
 
-class WeightAverage:
-    """Exponential moving average of all weights, fp32."""
+SWA_BELOW = 0.2  # learning-rate multiplier from which on SWA takes snapshots
 
-    def __init__(self, model: GPT, decay: float):
+
+class WeightAverage:
+    """Average of all weights over the steps, fp32: exponential (EMA_DECAY), or uniform over snapshots (SWA_EVERY)."""
+
+    def __init__(self, config: Config, model: GPT):
         """Start at the model's present weights."""
-        self.weights, self.decay = list(model.parameters()), decay
+        self.config, self.weights, self.snapshots = config, list(model.parameters()), 0
         self.average = [p.detach().clone() for p in self.weights]
 
-    def update(self):
-        """Take in the present weights."""
-        torch._foreach_lerp_(self.average, [p.data for p in self.weights], 1 - self.decay)
+    def update(self, step: int, multiplier: float):
+        """Take in the weights after `step` steps, the last of which had this learning-rate multiplier."""
+        share = 1 - self.config.ema_decay
+        if self.config.swa_every:
+            if multiplier >= SWA_BELOW or step % self.config.swa_every:
+                return
+            self.snapshots += 1
+            share = 1 / self.snapshots
+        torch._foreach_lerp_(self.average, [p.data for p in self.weights], share)
 
     def apply(self):
-        """Put the average into the model."""
-        torch._foreach_copy_([p.data for p in self.weights], self.average)
+        """Put the average into the model, unless there is none yet."""
+        if self.snapshots or not self.config.swa_every:
+            torch._foreach_copy_([p.data for p in self.weights], self.average)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1284,6 +1437,21 @@ class Pulse:
         return tuple(self.host.tolist())
 
 
+def mean_gradient(rt: Runtime, loss_fn: Callable, grads: Tensor, sequences: Tensor):
+    """Make `grads` the gradient of the mean loss of sequences [S, length + 1], of which each rank takes its share."""
+    grads.zero_()
+    for part in rt.own(sequences).split(max(1, rt.micro_batch_tokens // (sequences.size(1) - 1))):
+        if len(part):
+            (loss_fn(part[:, :-1], part[:, 1:]) * (len(part) / len(sequences))).backward()
+    rt.all_reduce(grads)
+
+
+def bound_norm(grads: Tensor, most: float):
+    """Scale a gradient down to norm `most`, in place; 0: as it is."""
+    if most:
+        grads *= (most / (grads.norm() + 1e-6)).clamp(max=1.0)
+
+
 class TrainingResult(NamedTuple):
     """What the record tells about training."""
 
@@ -1302,21 +1470,22 @@ def backward_batch(loss_fn: Callable, batch: list[tuple[Tensor, Tensor]]) -> Ten
 
 
 def warm_up(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: TrainData):
-    """Compile both looping states on training batches, then put the weights back: its effect is thrown away.
+    """Compile every state of the model on training batches, then put the weights back: its effect is thrown away.
 
     The optimizer and its states are made for the warm-up alone; the order of the data is a function of the step.
     """
     if config.warmup_steps:
-        rt.log(f"warm-up: {config.warmup_steps} steps in each looping state")
+        states = [(False, False), (True, False), *([(True, True)] if config.late_qat_threshold else [])]
+        rt.log(f"warm-up: {config.warmup_steps} steps in each of the model's {len(states)} states")
         initial = [p.detach().clone() for p in model.parameters()]
-        optimizer, progress = Optimizer(config, rt, model), Progress(rt, "warm-up", 2 * config.warmup_steps)
-        for step in range(2 * config.warmup_steps):
-            model.looping = step >= config.warmup_steps
+        optimizer, progress = Optimizer(config, rt, model), Progress(rt, "warm-up", len(states) * config.warmup_steps)
+        for step in range(len(states) * config.warmup_steps):
+            model.looping, model.late_qat = states[step // config.warmup_steps]
             optimizer.zero_grad()
             backward_batch(loss_fn, data.batch(step))
             optimizer.step(1.0, config.muon_momentum)
             progress.at(step + 1)
-        model.looping = False
+        model.looping = model.late_qat = False
         torch._foreach_copy_([p.data for p in model.parameters()], initial)
 
 
@@ -1329,7 +1498,7 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
     weights.
     """
     budget = config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else None
-    optimizer, average, pulse = Optimizer(config, rt, model), WeightAverage(model, config.ema_decay), Pulse(rt)
+    optimizer, average, pulse = Optimizer(config, rt, model), WeightAverage(config, model), Pulse(rt)
     begin, shown, step = rt.spent(), 0.0, 0
     rt.in_training = True
     while True:
@@ -1349,25 +1518,54 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
                 rt.log(f"{step}/{config.iterations} {validate()}")
         if done:
             break
-        if not model.looping and config.num_loops and frac >= config.enable_looping_at:
+        due = step >= config.recur_start_step if config.recur_start_step else frac >= config.enable_looping_at
+        if not model.looping and config.num_loops and due:
             model.looping = True
             halves = [[v.layer for v in model.schedules[True] if v.push == encoder] for encoder in (True, False)]
             rt.log(f"layer_loop:enabled step:{step} frac:{frac:.3f} encoder:{halves[0]} decoder:{halves[1]}")
+        multiplier = lr_multiplier(config, frac)
+        if config.late_qat_threshold and not model.late_qat and multiplier < config.late_qat_threshold:
+            model.late_qat = True
+            rt.log(f"late_qat:enabled step:{step} frac:{frac:.3f}")
         optimizer.zero_grad()
         step_loss = backward_batch(loss_fn, data.batch(step))
         pulse.send(step_loss, time.perf_counter() - rt.paused - begin)
-        optimizer.step(lr_multiplier(config, frac), muon_momentum(config, step))
-        if config.ema_decay:
-            average.update()
+        optimizer.step(multiplier, muon_momentum(config, step))
         step += 1
+        if config.ema_decay or config.swa_every:
+            average.update(step, multiplier)
     rt.in_training = False
     seconds = rt.spent() - begin
     if step < config.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time: {seconds * 1000:.0f}ms step: {step}/{config.iterations}")
-    if config.ema_decay:
+    if config.ema_decay or config.swa_every:
         average.apply()
-    model.looping = config.num_loops > 0
+    model.looping, model.late_qat = config.num_loops > 0, False
     return TrainingResult(step, seconds)
+
+
+def prequant_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, sequences: Tensor):
+    """Fine-tune on sequences [S, length + 1] (PR #1517): AdamW for some epochs, without the first layers.
+
+    Its learning rate falls by a cosine over the epochs, to a tenth.
+    """
+    params = list(model.parameters())
+    grads = bind_gradients(params)
+    layered = (*GPT.BANKS, "resid_mix", "attn_scale", "mlp_scale", "q_gain", "par_resid", "par_post")
+    frozen = [p.grad.unflatten(0, (-1, config.num_layers))[:, :config.prequant_ttt_freeze_blocks]  # q and o, k and v
+              for p in (getattr(model, name) for name in layered) if p is not None]
+    optimizer = torch.optim.AdamW(params, lr=config.prequant_ttt_lr, weight_decay=0.0)
+    progress = Progress(rt, "prequant_ttt", config.prequant_ttt_epochs)
+    for epoch in range(config.prequant_ttt_epochs):
+        cosine = 0.5 * (1 + math.cos(math.pi * epoch / config.prequant_ttt_epochs))
+        optimizer.param_groups[0]["lr"] = config.prequant_ttt_lr * (0.1 + 0.9 * cosine)
+        for batch in sequences.split(config.ttt_batch_seqs):
+            mean_gradient(rt, loss_fn, grads, batch.long())
+            for grad in frozen:
+                grad.zero_()
+            bound_norm(grads, config.ttt_grad_clip)
+            optimizer.step()
+        progress.at(epoch + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1375,7 +1573,6 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
 # ----------------------------------------------------------------------------------------------------------------------
 
 KEPT_FP16_ELEMENTS = 65536  # tensors (whole banks) of at most so many elements are stored as fp16
-MIN_ROW_SCALE = 2.0**-24  # fp16's smallest positive number: an all-zero row still has a scale to divide by
 
 
 def small_tensors(model: GPT) -> dict[str, Tensor]:
@@ -1475,7 +1672,7 @@ def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: f
     Raises torch.linalg.LinAlgError if the damped hessian is not positive definite (it holds NaN, say).
     """
     w, top = weight.float(), 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * w.std(-1, keepdim=True) / top).clamp(MIN_ROW_SCALE, torch.finfo(torch.half).max).half()
+    scale = row_scale(w, bits, clip_sigmas).half()
     step = scale.float()  # [..., out, 1]
     factor = error_factor(hessian, damping * mean_diagonal(hessian))
     integers = round_with_feedback(w, factor, step, lambda y: y.round().clamp(-top, top), block)
@@ -1717,9 +1914,12 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
     progress, done = Progress(rt, "GPTQ", sum(p.numel() for p in model.parameters())), 0
     for name, p in model.named_parameters():
         if name not in tensors:
-            bits, clip_sigmas = ((config.embed_bits, config.embed_clip_sigmas) if name == "embedding" else
+            bits, clip_sigmas = ((config.embed_bits, config.embed_clip_sigmas) if name in TABLES else
                                  (config.matrix_bits, config.matrix_clip_sigmas))
-            hessian = torch.stack([hessians[site] for site in sites[name]])
+            if name in sites and (name != "embedding" or config.embed_gptq_enabled):
+                hessian = torch.stack([hessians[site] for site in sites[name]])
+            else:  # no error to feed forward: rounding to the nearest
+                hessian = torch.eye(p.size(-1), device=p.device)[None]
             integers, scale = gptq_quantize(p.view(len(hessian), *p.shape[-2:]), hessian, bits, clip_sigmas)
             tensors[f"{name}.q"] = integers.view(p.shape).cpu()
             tensors[f"{name}.scale"] = scale.reshape(p.shape[:-1]).cpu()
@@ -2031,6 +2231,28 @@ def artifact_header(config: Config) -> dict[str, object]:
     return {"settings": settings, "compressor": config.compressor}
 
 
+def prune_to_fit(config: Config, rt: Runtime, tensors: dict[str, Tensor], most_bytes: int) -> bytes:
+    """Pack row-scaled tensors with as few of the entries +-1 made 0 as it takes, those of small steps first.
+
+    PR #1395: about four of them save a byte. If all are gone and it is still too much, it is packed as it is.
+    """
+    artifact = pack_artifact(tensors, artifact_header(config))
+    names = [name[:-2] for name in tensors if name.endswith(".q")]
+    while len(artifact) > most_bytes:
+        places = [(tensors[f"{name}.q"].abs() == 1).nonzero(as_tuple=True) for name in names]
+        cost = torch.cat([tensors[f"{name}.scale"][at[:-1]].float().square() for name, at in zip(names, places)])
+        if not len(cost):
+            break
+        dropped = torch.zeros(len(cost), dtype=torch.bool)
+        dropped[cost.argsort(stable=True)[:4 * (len(artifact) - most_bytes)]] = True
+        for name, at, part in zip(names, places, dropped.split([len(at[0]) for at in places])):
+            tensors[f"{name}.q"][tuple(index[part] for index in at)] = 0
+        artifact = pack_artifact(tensors, artifact_header(config))
+        rt.log(f"pruning: {int(dropped.sum())} of {len(cost)} entries +-1 dropped, {len(artifact)} of {most_bytes} "
+               "bytes")
+    return artifact
+
+
 def fit_artifact(config: Config, rt: Runtime, quantizer: TrellisQuantizer, most_bytes: int) -> bytes:
     """Make the artifact that comes nearest to `most_bytes` from below; the bytes are rank 0's, others get none.
 
@@ -2217,16 +2439,10 @@ def adapt(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim
     """Run TTT_EPOCHS epochs of SGD on the sequences of one scored chunk, tokens [C + 1]; the ranks share each batch."""
     length = config.eval_seq_len
     sequences = tokens.unfold(0, length + 1, length).long()  # [sequences, length + 1]
-    at_once = max(1, rt.micro_batch_tokens // length)
     for _ in range(config.ttt_epochs):
         for batch in sequences.split(config.ttt_batch_seqs):
-            grads.zero_()
-            for part in rt.own(batch).split(at_once):
-                if len(part):
-                    (loss_fn(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))).backward()
-            rt.all_reduce(grads)
-            if config.ttt_grad_clip:
-                grads *= (config.ttt_grad_clip / (grads.norm() + 1e-6)).clamp(max=1.0)
+            mean_gradient(rt, loss_fn, grads, batch)
+            bound_norm(grads, config.ttt_grad_clip)
             optimizer.step()
 
 
@@ -2246,7 +2462,7 @@ class Record:
     It is the one source of figures: submission.json and the README's table are made from records alone.
     """
 
-    STAGES = ("prequant", "quantized", "sliding", "ttt")
+    STAGES = ("prequant", "prequant_ttt", "quantized", "sliding", "ttt")
     MEASURED = ("steps", "train_seconds", "calibration_seconds", "quantize_seconds", "artifact_seconds", "step_ms",
                 "tokens_per_second", "peak_memory_mib", "train_sha256", "val_tokens", "val_bytes", "val_sha256",
                 "tokenizer_sha256", *STAGES, "artifact_bytes", "code_bytes", "total_bytes", "artifact_sha256",
@@ -2445,6 +2661,8 @@ def final_checks(record: Record, config: Config, val: ValidationData):
     if data["mode"] == "train":
         wanted = (CHECKS + " single_pass_sliding normalized_sliding" * config.sliding_window_enabled
                   + " single_pass_ttt score_before_update_ttt normalized_ttt" * config.ttt_enabled).split()
+        if config.prequant_ttt_enabled:
+            wanted += ["no_early_training", "single_pass_prequant_ttt"]
         missing = sorted({*wanted} - {check["name"] for check in data["checks"]})
         record.check("complete", not missing, f"missing checks: {missing}")
         record.set(compliant=all(check["ok"] for check in data["checks"]))
@@ -2457,9 +2675,13 @@ def pack_source(source: bytes, config: Config) -> bytes:
     """The packed script of a source for runs with such settings; a packed script is returned as it is."""
     if PACKED or source.startswith(PACKED_FIRST_LINE):
         return source
-    return compress_source(source, config.preset, config.corpus, config.quantizer, config.compressor)
+    return compress_source(source, tuple((name, getattr(config, name)) for name in PACKED_FOR))
 
 
+# Settings that decide what code a run needs: the packed script is made for the run's values of them.
+PACKED_FOR = ("preset", "corpus", "quantizer", "compressor", "parallel_residual", "smear_gate_enabled", "ve_layers",
+              "lr_schedule", "swa_every", "late_qat_threshold", "prequant_ttt_enabled", "embed_gptq_enabled",
+              "selective_pruning_enabled")
 FINEWEB_VAL_BYTES = 151_080_891  # 50,000 documents
 PUBLIC_NAMES = {"Config", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact", "SOURCE",
                 "main", "__file__", "__name__"}
@@ -2492,46 +2714,60 @@ class SourceStripper(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
         """Reduce an annotation to what named tuples and dataclasses accept, and a setting to what is needed."""
-        node.annotation, name = ast.Name("int"), node.target.id
+        node.annotation, name = ast.Name("int", ast.Load()), node.target.id
         if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "").startswith("_"):
             if node.value.func.id == "_collect":
                 return None
             node.annotation = ast.Constant(0)
-            node.value.args[1] = ast.Constant(0)
+            node.value.args[1:2] = [ast.Constant(0)] * (len(node.value.args) > 2)
             if name in self.packed_for:
-                node.value.args[0] = ast.Constant(self.packed_for[name][0])
-                node.value.keywords[0].value = ast.parse(repr(self.packed_for[name]), mode="eval").body
+                node.value.args = [ast.Constant(self.packed_for[name][0])]
+                node.value.keywords = [ast.keyword("choices", ast.parse(repr(self.packed_for[name]), mode="eval").body)]
         return self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt:
-        """Keep the preset that the script is packed for."""
-        if getattr(node.targets[0], "id", "") == "PRESETS":
+        """Keep the preset that the script is packed for, and the constraints that it leaves open."""
+        name = getattr(node.targets[0], "id", "")
+        if name in ("PRESETS", "ALIASES"):
             kept = [item for item in zip(node.value.keys, node.value.values)
                     if item[0].value in self.packed_for["preset"]]
-            node.value.keys, node.value.values = map(list, zip(*kept))
+            node.value = ast.Dict(*([item[i] for item in kept] for i in (0, 1)))
+        if name == "CONSTRAINTS":
+            node.value.elts = [rule for rule in node.value.elts if not all(
+                word in self.packed_for for word in re.findall(r"\w+", rule.value) if hasattr(Config, word))]
         return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        """Decide PACKED."""
-        return ast.Constant(True) if node.id == "PACKED" and isinstance(node.ctx, ast.Load) else node
+        """Decide PACKED, and whether the preset has aliases."""
+        decided = {"PACKED": True, **({} if {*ALIASES} & {*self.packed_for["preset"]} else {"ALIASES": False})}
+        return ast.Constant(decided[node.id]) if node.id in decided and isinstance(node.ctx, ast.Load) else node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        """Put in the value of a setting that the script is packed for."""
+        values = self.packed_for.get(re.sub(r"^(self[.])?config[.]", "", ast.unparse(node)), ())
+        return ast.Constant(values[0], kind="setting") if len(values) == 1 else self.generic_visit(node)
 
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
-        """Decide a comparison of a setting that the script is packed for."""
+        """Decide a comparison with a setting that the script is packed for."""
+        self.generic_visit(node)
         values = self.packed_for.get(re.sub("^config[.]", "", ast.unparse(node.left)), ())
-        value = getattr(node.comparators[0], "value", None)
-        if values and isinstance(node.ops[0], ast.Eq) and (value not in values or len(values) == 1):
-            return ast.Constant(value in values)
-        return self.generic_visit(node)
+        if isinstance(node.left, ast.Constant):
+            values = (node.left.value,)
+        value, operator = getattr(node.comparators[0], "value", None), type(node.ops[0])
+        if values and operator in (ast.Eq, ast.NotEq) and (value not in values or len(values) == 1):
+            return ast.Constant((value in values) == (operator is ast.Eq))
+        return node
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
         """Decide `and` and `or` as far as their parts are decided."""
         decisive = isinstance(node.op, ast.Or)
         parts = [self.visit(part) for part in node.values]
-        values = [part.value if isinstance(part, ast.Constant) else None for part in parts]
-        node.values = [part for part, value in zip(parts, values) if value is not (not decisive)]
-        if any(value is decisive for value in values):
+        truths = [bool(part.value) if isinstance(getattr(part, "value", None), bool) or
+                  getattr(part, "kind", None) == "setting" else None for part in parts]
+        node.values = [part for part, truth in zip(parts, truths) if truth is not (not decisive)]
+        if any(truth is decisive for truth in truths):
             return ast.Constant(decisive)
-        return node if node.values else ast.Constant(not decisive)
+        return node if len(node.values) > 1 else (*node.values, ast.Constant(not decisive))[0]
 
     def visit_If(self, node: ast.If | ast.IfExp) -> ast.AST | list[ast.stmt]:
         """Keep the branch that is taken, where that is decided."""
@@ -2587,38 +2823,40 @@ def drop_unused(tree: ast.Module):
     tree.body = [node for node in tree.body if node in kept]
 
 
-def drop_unread_settings(tree: ast.Module):
+def drop_unread_settings(tree: ast.Module, packed_for: Mapping[str, tuple]):
     """Drop the settings of which nothing that is left makes use, except that a choice that is gone must be refused."""
     read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     read |= {word for node in ast.walk(tree) if isinstance(node, ast.Constant)
              for word in re.findall(r"\w+", str(node.value).lower())}
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == "Config":
-            node.body = [line for line in node.body if not isinstance(line, ast.AnnAssign) or line.value.keywords
-                         or line.target.id in read]
+            node.body = [line for line in node.body if not isinstance(line, ast.AnnAssign) or line.target.id in read
+                         or line.target.id in packed_for]
 
 
 def shorten_names(tree: ast.Module):
     """Rename the program's own variables, functions and classes to one or two letters.
 
     A function's own names, those of functions inside it included, begin with `a` again in every function: what is alike
-    compresses. Kept: attributes, methods, fields, keywords, imports, built-ins and PUBLIC_NAMES.
+    compresses. Kept: attributes, methods, fields, imports, built-ins, PUBLIC_NAMES, and parameters that a call names.
     """
-    kept, shared = {*dir(builtins), *keyword.kwlist, *PUBLIC_NAMES}, collections.Counter()
+    kept, spoken, shared = {*dir(builtins), *keyword.kwlist, *PUBLIC_NAMES}, set(), collections.Counter()
     holders = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: "name", ast.ExceptHandler: "name"}
     functions = [node for top in tree.body for node in getattr(top, "body", ()) if isinstance(top, ast.ClassDef)]
     functions = [node for node in (*tree.body, *functions) if isinstance(node, ast.FunctionDef)]
     local = {id(node) for function in functions for node in ast.walk(function) if node is not function}
     for node in ast.walk(tree):
-        if isinstance(node, (ast.keyword, ast.alias)):
-            kept.add(node.arg if isinstance(node, ast.keyword) else (node.asname or node.name).split(".")[0])
+        if isinstance(node, ast.keyword):
+            spoken.add(node.arg)
+        if isinstance(node, ast.alias):
+            kept.add((node.asname or node.name).split(".")[0])
         for item in node.body if isinstance(node, ast.ClassDef) else ():
             targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", item)]
-            kept.update(getattr(target, holders.get(type(target), ""), None) for target in targets)
+            spoken.update(getattr(target, holders.get(type(target), ""), None) for target in targets)
         if id(node) not in local and getattr(node, holders.get(type(node), ""), None):
             shared[getattr(node, holders[type(node)])] += 1
 
-    def rename(nodes, short: dict[str, str], fresh: Iterator[str]):
+    def rename(nodes, short: dict[str, str], fresh: Iterator[str], kept: set[str]):
         for node in nodes:
             name = getattr(node, holders.get(type(node), ""), None)
             if name and name not in kept:
@@ -2626,28 +2864,32 @@ def shorten_names(tree: ast.Module):
                     short[name] = next(fresh)
                 setattr(node, holders[type(node)], short[name])
 
-    letters = [c for c in string.ascii_letters if c not in kept]
+    everywhere = kept | spoken
+    letters = [c for c in string.ascii_letters if c not in everywhere]
     pairs = ("".join(pair) for pair in itertools.product(string.ascii_letters, repeat=2))
-    pairs = (pair for pair in pairs if pair not in kept)
-    short = {name: next(pairs) for name, _ in shared.most_common() if name not in kept}
+    pairs = (pair for pair in pairs if pair not in everywhere)
+    short = {name: next(pairs) for name, _ in shared.most_common() if name not in everywhere}
     for function in functions:
         numbered = (c + digit for digit in string.digits for c in letters)
-        rename([node for node in ast.walk(function) if node is not function], dict(short),
-               itertools.chain(letters, numbered))
-    rename([node for node in ast.walk(tree) if id(node) not in local], short, pairs)
+        nodes = [node for node in ast.walk(function) if node is not function]
+        bound = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        for node in nodes:
+            bound -= {node.arg} if isinstance(node, ast.arg) else {*getattr(node, "names", ())}  # global, nonlocal
+        rename(nodes, dict(short), itertools.chain(letters, numbered), kept | spoken - bound)
+    rename([node for node in ast.walk(tree) if id(node) not in local], short, pairs, everywhere)
 
 
-def strip_source(source: str, preset: str = "pr1541", corpus: str = "shards", quantizer: str = "trellis",
-                 compressor: str = "brotli") -> str:
+def strip_source(source: str, **settings: object) -> str:
     """Return the program for counting bytes: nothing for readers, short names, no needless blanks.
 
-    It does without MODE=help and MODE=collect, and without the code that other settings would need.
+    It does without MODE=help and MODE=collect, and without the code that other `settings` (those of PACKED_FOR, else
+    their defaults) would need.
     """
-    packed_for = {"mode": ("train", "eval", "pack"), "attention": ("auto", "fa3", "sdpa"), "preset": (preset,),
-                  "corpus": (corpus,), "quantizer": (quantizer,), "compressor": (compressor,)}
+    packed_for = {"mode": ("train", "eval", "pack"), "attention": ("auto", "fa3", "sdpa"),
+                  **{name: (settings.get(name, getattr(Config, name)),) for name in PACKED_FOR}}
     tree = SourceStripper(packed_for).visit(ast.parse(source))
     drop_unused(tree)
-    drop_unread_settings(tree)
+    drop_unread_settings(tree, packed_for)
     shorten_names(tree)
     lines = map(spare_parentheses, ast.unparse(tree).splitlines(keepends=True))
     return join_lines(close_gaps("".join(lines)))
@@ -2710,12 +2952,12 @@ def join_lines(source: str) -> str:
 
 
 @functools.cache
-def compress_source(source: bytes, *packed_for: str) -> bytes:
+def compress_source(source: bytes, settings: tuple[tuple[str, object], ...]) -> bytes:
     """Make the packed script of the readable one: stripped, Brotli-compressed, in a Latin-1 literal; deterministic.
 
     The unpacked source is registered with linecache, for whoever inspects the running code.
     """
-    packed = brotli.compress(strip_source(source.decode(), *packed_for).encode(), quality=11, lgwin=24)
+    packed = brotli.compress(strip_source(source.decode(), **dict(settings)).encode(), quality=11, lgwin=24)
     literal = packed.decode("latin1").replace("\\", r"\\").replace("\r", r"\r").replace('""', r'"\"')
     literal = re.sub('"$', r'\"', literal)
     literal = re.sub("\0(?=[0-7])", r"\\x00", literal).replace("\0", r"\0")
@@ -2738,7 +2980,7 @@ def results_table(records: list[dict]) -> str:
             "| failed checks |", "|" + " --- |" * 11]
     for r in sorted(records, key=lambda r: (final_score(r) or {"val_bpb": math.inf})["val_bpb"]):
         cells = [r[key] for key in ("run_id", "hardware", "val_tokens", "steps", "tokens_per_second")]
-        cells += [*(bpb(r, stage) for stage in Record.STAGES), r["total_bytes"]]
+        cells += [*(bpb(r, stage) for stage in ("prequant", "quantized", "sliding", "ttt")), r["total_bytes"]]
         cells.append(", ".join(check["name"] for check in r["checks"] if not check["ok"]) or "none")
         rows.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in cells)} |")
     return "\n".join(rows)
@@ -2870,8 +3112,8 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
     """Copy what a pull request needs to records/<date>_<name>/ and check there that it is what was measured."""
     folder = Path("records") / f"{submission['date']}_{re.sub(r'[^A-Za-z0-9.-]+', '-', config.submission_name)}"
     made = Path(config.out_dir) / "train_gpt.py"
-    like = dataclasses.replace(Config(), **{key: value for key, value in records[0]["settings"].items() if key in (
-        "preset", "corpus", "quantizer", "compressor")})
+    like = dataclasses.replace(Config(), **{key: value for key, value in records[0]["settings"].items()
+                                            if key in PACKED_FOR})
     codes = [pack_source(SOURCE, like), *([made.read_bytes()] if made.is_file() else [])]
     code = next((c for c in codes if sha256(c) == submission["code_sha256"]), None)
     if code is None:
@@ -2962,6 +3204,9 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
         rt.log(f"{key}: {record.data[key]}")
     record.set(val_tokens=val.targets, val_bytes=val.bytes, val_sha256=val.sha256,
                tokenizer_sha256=val.tokenizer_sha256)
+    if ALIASES:
+        for name, meant in ALIASES.get(config.preset, {}).items():
+            rt.log(f"{name} means {meant} in {config.preset}")
     rt.log(f"settings: {assignments(config.non_defaults())}")
     for key in ("val_tokens", "val_bytes", "val_sha256", "tokenizer_sha256"):
         rt.log(f"{key}: {record.data[key]}")
@@ -3014,6 +3259,15 @@ def run_training(config: Config, rt: Runtime):
                        tokens_per_second=round(result.steps * config.train_batch_tokens / result.seconds))
             with rt.pause():
                 record.stage("prequant", "pre-quantization post-ema", validate("prequant"))
+            if config.prequant_ttt_enabled:
+                legal, length = config.prequant_ttt_data == "train", config.train_seq_len
+                record.check("no_early_training", legal, f"PREQUANT_TTT_DATA={config.prequant_ttt_data}: nothing may "
+                             "be trained on validation tokens before they are scored")
+                sequences = (first_windows(data.in_order(2), val.targets // length) if legal else
+                             val.tokens.unfold(0, length + 1, length))
+                prequant_ttt(config, rt, model, loss_fn, sequences)
+                with rt.pause():
+                    record.stage("prequant_ttt", "pre-quantization post-ttt", validate("prequant_ttt"))
             artifact = make_artifact(config, rt, record, model, data.in_order(1))
             record.set(artifact_seconds=rt.spent() - start)
             check_unchanged(record, data)
@@ -3031,16 +3285,17 @@ def run_training(config: Config, rt: Runtime):
 
 def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data: TrainData) -> bytes:
     """Calibrate, quantize and pack within the training budget's reserve; the bytes are rank 0's, others get none."""
-    times = [rt.clock()]
+    times, code = [rt.clock()], pack_source(SOURCE, config)
     hessians = collect_hessians(config, rt, model, data)
     sensitivities = collect_sensitivities(config, rt, model, data) if config.quantizer == "trellis" else {}
     times.append(rt.clock())
     if config.quantizer == "trellis":
         quantizer = TrellisQuantizer(rt, model, hessians, sensitivities)
-        artifact = fit_artifact(config, rt, quantizer, config.target_bytes - len(pack_source(SOURCE, config)))
+        artifact = fit_artifact(config, rt, quantizer, config.target_bytes - len(code))
     else:
         tensors = quantize_rows(config, rt, model, hessians)
-        artifact = pack_artifact(tensors, artifact_header(config)) if rt.main else b""
+        most_bytes = config.target_bytes - len(code) if config.selective_pruning_enabled else MAX_RAW_BYTES
+        artifact = prune_to_fit(config, rt, tensors, most_bytes) if rt.main else b""
     times.append(rt.clock())
     calibration, quantization = np.diff(times).tolist()
     rt.log(f"calibration {calibration:.1f}s + quantization and packing {quantization:.1f}s = "

@@ -67,10 +67,10 @@ class PlainGPT(GPT):
             if v.skip >= 0:
                 skip = skips.pop()
                 lanes = [self.merge_skip(lane, skip, v.skip) for lane in lanes]
-            lanes = lanes * v.lanes if v.lanes > len(lanes) else lanes
+            lanes = lanes * 2 if v.parallel and len(lanes) == 1 else lanes
             mixed = [self.resid_mix[i][0] * lane + self.resid_mix[i][1] * x0 for lane in lanes]
             attn_out = attend(norm(mixed[0]) * depth, i)
-            if v.lanes == 1:
+            if not v.parallel:
                 x = mixed[0] + attn_out
                 lanes = [x + mlp(norm(x) * depth, i)]
             else:
@@ -101,13 +101,13 @@ def training_step(kind: type[GPT], data_dir: str, micro_batch_tokens: int):
     rt = Runtime(config)
     torch.manual_seed(config.seed)
     model = kind(config).to_compute(rt)
-    data, optimizer, average = TrainData(config, rt), Optimizer(config, rt, model), WeightAverage(model, 0.95)
+    data, optimizer, average = TrainData(config, rt), Optimizer(config, rt, model), WeightAverage(config, model)
 
     def step():
         optimizer.zero_grad()
         loss = train_gpt.backward_batch(model, data.batch(0))
         optimizer.step(1.0, 0.95)
-        average.update()
+        average.update(1, 1.0)
         return float(loss)
 
     return model, step

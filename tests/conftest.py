@@ -2,6 +2,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,34 @@ def fake_validation(tokens, config) -> train_gpt.ValidationData:
     val.target_bytes = val.tokens[1:].long() % 5 * (val.tokens[1:] != 1)
     val.bytes, val.left_out, val.sha256 = int(val.target_bytes.sum()), 0, "0"
     return val
+
+
+WORKS: dict = {}  # of the fixtures made by `ahead`, in the order of their modules
+BEGUN: dict[str, Future] = {}
+OTHER_CORE, FOLDERS = ThreadPoolExecutor(1), tempfile.TemporaryDirectory(prefix="train_gpt_tests_")
+
+
+def ahead(work):
+    """Make a fixture of work(folder), which only waits for other processes: it begins with the session.
+
+    Tests use one core, such processes the other, and the results are there when the tests come to them.
+    """
+    WORKS[work.__name__] = work
+    return pytest.fixture(scope="session", name=work.__name__)(lambda: BEGUN[work.__name__].result())
+
+
+def pytest_collection_finish(session):
+    wanted = {name for item in session.items for name in item.fixturenames}
+    for name, work in WORKS.items():
+        if name in wanted and not session.config.option.collectonly:
+            folder = Path(FOLDERS.name, name)
+            folder.mkdir()
+            BEGUN[name] = OTHER_CORE.submit(work, folder)
+
+
+def pytest_unconfigure():
+    OTHER_CORE.shutdown(cancel_futures=True)
+    FOLDERS.cleanup()
 
 
 @pytest.fixture(scope="session")

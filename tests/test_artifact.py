@@ -829,6 +829,27 @@ def test_a_byte_too_many_is_too_many(rt, monkeypatch, sizes, best):
     assert list(left) == []
 
 
+def test_pruning_drops_ones_of_small_steps_until_it_fits(rt):
+    """PR #1395: +-1 become 0 in the order of the squared step; nothing else changes, and no more than it takes."""
+    rng = np.random.default_rng(0)
+    q = torch.from_numpy(rng.integers(-3, 4, (40, 500)).astype(np.int8))
+    scale = torch.from_numpy(rng.permutation(np.linspace(0.01, 0.4, 40)).astype(np.float16))
+    config, whole = tiny_config(QUANTIZER="sdclip"), {"a.q": q, "a.scale": scale, "b": torch.ones(3).half()}
+    size = len(train_gpt.pack_artifact(whole, train_gpt.artifact_header(config)))
+    for most in (size, size - 1, size - 150, size - 900):
+        artifact = train_gpt.prune_to_fit(config, rt, {k: t.clone() for k, t in whole.items()}, most)
+        found = unpack_artifact(artifact)[0]["a.q"]
+        dropped = found != q
+        assert len(artifact) <= most and (most < size) == bool(dropped.any())
+        assert (q[dropped].abs() == 1).all() and not found[dropped].any()
+        kept = (q.abs() == 1) & ~dropped
+        rows = scale[:, None].expand_as(q)
+        assert not dropped.any() or rows[dropped].max() <= rows[kept].min()
+        assert dropped.sum() <= 10 * (size - most)
+    artifact = train_gpt.prune_to_fit(config, rt, {k: t.clone() for k, t in whole.items()}, 10)
+    assert len(artifact) > 10 and not (unpack_artifact(artifact)[0]["a.q"].abs() == 1).any(), "all it can do"
+
+
 def test_ranks_agree_on_the_fit(rt):
     """Rank 0 packs and has the bytes; the others go the same steps."""
     alone, quantizers = FakeQuantizer(SIZES["less"]), {rank: FakeQuantizer(SIZES["less"]) for rank in range(2)}

@@ -23,6 +23,60 @@ def test_default_is_pr1541_with_ttt():
     assert (config.num_layers, config.model_dim, config.vocab_size, config.enable_looping_at) == (11, 512, 8192, 0.35)
 
 
+COMMANDS = {  # as the submissions publish them
+    "pr1541": "SEED=42 QK_GAIN_INIT=5.25 MUON_MOMENTUM=0.97 MATRIX_LR=0.03 TTT_ENABLED=1 TTT_LR=0.005 TTT_EPOCHS=3",
+    "pr1395": "DATA_DIR=./data VOCAB_SIZE=4096 SEED=42",
+    "pr1517": "VOCAB_SIZE=8192 QK_GAIN_INIT=5.25 RECUR_LAYERS=3,4,5 RECUR_START_STEP=2000 MUON_WD=0.095 "
+              "EMA_DECAY=0.9965 WARMDOWN_FRAC=0.72 TTT_ENABLED=1 TTT_EPOCHS=18 TTT_LR=0.0003 TTT_FREEZE_BLOCKS=1 "
+              "SEED=1337 MATRIX_CLIP_SIGMAS=9.5 MATRIX_LR=0.020"}
+
+
+@pytest.mark.parametrize("preset", COMMANDS)
+def test_published_commands_are_taken_as_they_stand(preset):
+    env = dict(part.split("=") for part in COMMANDS[preset].split())
+    config = Config.from_env({"PRESET": preset, **env})
+    if preset == "pr1517":  # whose TTT comes before quantization
+        assert config.prequant_ttt_enabled and not config.ttt_enabled
+        assert (config.prequant_ttt_epochs, config.prequant_ttt_lr, config.prequant_ttt_freeze_blocks) == (18, 3e-4, 1)
+        assert (config.ttt_epochs, config.ttt_lr) == (Config.ttt_epochs, Config.ttt_lr)
+        assert (config.looped_layers, config.recur_start_step, config.warmdown_frac) == ([3, 4, 5], 2000, 0.72)
+    else:
+        assert (config.ttt_enabled, config.prequant_ttt_enabled) == (preset == "pr1541", False)
+
+
+def test_what_a_name_means_is_the_presets_business():
+    assert Config.from_env({"TTT_EPOCHS": "7"}).ttt_epochs == 7
+    assert "TTT_FREEZE_BLOCKS is no setting" in error_of(TTT_FREEZE_BLOCKS=1)
+    assert "TTT_LR means PREQUANT_TTT_LR with PRESET=pr1517: set one of them" in error_of(
+        PRESET="pr1517", TTT_LR=0.1, PREQUANT_TTT_LR=0.1)
+
+
+def test_values_of_the_other_presets():
+    """SPEC section 7: what each sets beside the defaults."""
+    expected = {
+        "pr1858": dict(parallel_residual="plain", matrix_lr=0.022, muon_momentum=0.99, ttt_enabled=True, ttt_epochs=2),
+        "pr1395": dict(vocab_size=4096, parallel_residual="lanes", parallel_residual_start=7, qk_gain_init=5.0,
+                       matrix_lr=0.02, muon_momentum=0.99, muon_wd=0.09, ema_decay=0.997, warmdown_frac=0.667,
+                       looped_layers=[4, 5], num_loops=1, recur_start_step=3000, max_skips=5, ve_layers="9,10",
+                       ve_dim=128, embed_gptq_enabled=False, selective_pruning_enabled=True, ttt_enabled=False),
+        "pr1517": dict(parallel_residual="none", looped_layers=[3, 4, 5], num_loops=1, recur_start_step=3000,
+                       max_skips=5, matrix_lr=0.02, muon_momentum=0.99, warmdown_frac=0.667, matrix_clip_sigmas=9.5,
+                       smear_gate_enabled=True, late_qat_threshold=0.15, gptq_calibration_batches=256,
+                       prequant_ttt_enabled=False, ttt_enabled=False)}
+    for preset, values in expected.items():
+        config = Config.from_env({"PRESET": preset})
+        assert {name: getattr(config, name) for name in values} == values
+        assert config.quantizer == "sdclip", "as published; QUANTIZER=trellis is ours"
+
+
+@pytest.mark.parametrize("env, said", [
+    ({"RECUR_LAYERS": "3,x"}, "RECUR_LAYERS=3,x"), ({"RECUR_LAYERS": "3,11"}, "RECUR_LAYERS=3,11"),
+    ({"VE_LAYERS": "11", "QUANTIZER": "sdclip"}, "VE_LAYERS=11"), ({"VE_LAYERS": "9"}, "QUANTIZER=trellis"),
+    ({"SELECTIVE_PRUNING_ENABLED": "1"}, "QUANTIZER == 'sdclip'")])
+def test_layer_lists_and_pieces_must_fit(env, said):
+    assert said in error_of(**env)
+
+
 def test_environment_overrides_preset_overrides_default():
     assert Config.from_env({"PRESET": "smoke"}).model_dim == train_gpt.PRESETS["smoke"]["model_dim"]
     assert Config.from_env({"PRESET": "smoke", "MODEL_DIM": "64"}).model_dim == 64

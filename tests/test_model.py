@@ -30,12 +30,17 @@ def reference_rope(x, cfg):
     return torch.stack(rows)
 
 
-def reference_attention(x, layer, p, cfg):
+def reference_attention(x, layer, p, cfg, ids):
     """Attention sublayer of one sequence [T, D], before the learned output scale."""
     n, heads, groups, width = cfg.num_layers, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     q = (x @ p["qo_bank"][layer].T).reshape(-1, heads, width)
     k = (x @ p["kv_bank"][layer].T).reshape(-1, groups, width)
-    v = (x @ p["kv_bank"][n + layer].T).reshape(-1, groups, width)
+    v = x @ p["kv_bank"][n + layer].T
+    value_layers = [int(i) for i in cfg.ve_layers.split(",") if i]
+    if layer in value_layers:
+        scale = p["value_embedding.scale"] * p["value_embedding.layer_scales"][value_layers.index(layer)]
+        v = v + scale * (p["value_embedding.table"][ids] @ p["value_embedding.bank"][0].T)
+    v = v.reshape(-1, groups, width)
     outputs = []
     for h in range(heads):
         g = h // (heads // groups)
@@ -59,37 +64,54 @@ def reference_mlp(x, layer, p):
 
 def reference_logits(ids, p, cfg, looping):
     """Logits [T, V] of one sequence, straight from the SPEC's sentences."""
-    loop = list(range(cfg.loop_start, cfg.loop_end + 1))
-    order = list(range(cfg.loop_start)) + loop * (1 + cfg.num_loops * looping) + list(range(loop[-1] + 1,
-                                                                                            cfg.num_layers))
+    loop = [int(i) for i in cfg.recur_layers.split(",") if i] or list(range(cfg.loop_start, cfg.loop_end + 1))
+    order = list(range(max(loop) + 1)) + loop * cfg.num_loops * looping + list(range(max(loop) + 1, cfg.num_layers))
     encoder, decoder = order[:len(order) // 2], order[len(order) // 2:]
+    kind = cfg.parallel_residual
     x0 = rms_norm(p["embedding"][ids])
+    if cfg.smear_gate_enabled:
+        gate, alone = torch.sigmoid(p["smear_gate"]), x0
+        x0 = torch.stack([alone[t] if t == 0 or ids[t] == 1 else (1 - gate) * alone[t] + gate * alone[t - 1]
+                          for t in range(len(ids))])
     lanes, skips = [x0], []
     for position, layer in enumerate(encoder + decoder):
         row = position - len(encoder)
-        if row >= 0 and skips:
-            skip = p["skip_weights"][row] * skips.pop()
-            if cfg.skip_gates_enabled:
-                gate = torch.sigmoid(p["skip_gates"][row])
-                lanes = [(1 - gate) * skip + gate * x for x in lanes]
-            else:
-                lanes = [x + skip for x in lanes]
-        if cfg.parallel_residual == "improved" and layer >= cfg.parallel_residual_start and len(lanes) == 1:
+        parallel = kind != "none" and max(order[:position + 1]) >= cfg.parallel_residual_start
+        if kind in ("improved", "lanes") and parallel and len(lanes) == 1:
             lanes = [lanes[0], lanes[0]]
+        if row >= 0 and skips and (cfg.max_skips == 0 or row < cfg.max_skips):
+            skip = p["skip_weights"][row] * skips.pop()
+            for k in range(1 if kind == "lanes" else len(lanes)):
+                if cfg.skip_gates_enabled:
+                    gate = torch.sigmoid(p["skip_gates"][row])
+                    lanes[k] = (1 - gate) * skip + gate * lanes[k]
+                else:
+                    lanes[k] = lanes[k] + skip
         depth = math.sqrt(layer + 1) if cfg.ln_scale else 1
         mixed = [p["resid_mix"][layer, 0] * x + p["resid_mix"][layer, 1] * x0 for x in lanes]
-        attn_out = p["attn_scale"][layer] * reference_attention(rms_norm(mixed[0]) / depth, layer, p, cfg)
-        if len(lanes) == 1:
+        attn_out = p["attn_scale"][layer] * reference_attention(rms_norm(mixed[0]) / depth, layer, p, cfg, ids)
+
+        def mlp_of(x, layer=layer, depth=depth):
+            return p["mlp_scale"][layer] * reference_mlp(rms_norm(x) / depth, layer, p)
+
+        if not parallel:
             x = mixed[0] + attn_out
-            lanes = [x + p["mlp_scale"][layer] * reference_mlp(rms_norm(x) / depth, layer, p)]
+            lanes = [x + mlp_of(x)]
+        elif kind == "plain":
+            lanes = [mixed[0] + attn_out + mlp_of(mixed[0])]
+        elif kind == "lanes":
+            lanes = [mixed[0] + attn_out, lanes[1] + mlp_of(lanes[1])]
         else:
-            mlp_out = p["mlp_scale"][layer] * reference_mlp(rms_norm(mixed[1]) / depth, layer, p)
+            mlp_out = mlp_of(mixed[1])
             (a, b), post = p["par_resid"][layer], p["par_post"][layer]
             lanes = [a * lanes[k] + post[0, k] * attn_out for k in (0, 1)]
             lanes = [b * lanes[k] + post[1, k] * mlp_out for k in (0, 1)]
         if row < 0:
             skips.append(lanes[-1])
-    z = rms_norm(lanes[-1]) @ p["embedding"].T
+    final = lanes[-1]
+    if kind == "lanes" and len(lanes) == 2:
+        final = p["lane_merge"] * lanes[0] + (1 - p["lane_merge"]) * lanes[1]
+    z = rms_norm(final) @ p["embedding"].T
     return cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)
 
 
@@ -101,7 +123,13 @@ def random_ids(*shape, seed=0):
     ({}, False), ({}, True), ({"skip_gates_enabled": 0}, True), ({"parallel_residual": "none"}, True),
     ({"parallel_residual_start": 5, "loop_start": 1, "loop_end": 1}, True), ({"parallel_residual_start": 3}, False),
     ({"xsa_last_n": 2}, False), ({"xsa_last_n": 0}, True), ({"ln_scale": 0}, True), ({"num_kv_heads": 4}, True),
-    ({"rope_train_seq_len": 5, "rope_dims": 16}, True), ({"logit_softcap": 5}, False)], ids=str)
+    ({"rope_train_seq_len": 5, "rope_dims": 16}, True), ({"logit_softcap": 5}, False),
+    ({"parallel_residual": "plain"}, True), ({"parallel_residual": "lanes"}, True),
+    ({"parallel_residual": "lanes", "parallel_residual_start": 2, "recur_layers": "1,4", "skip_gates_enabled": 0},
+     True),
+    ({"parallel_residual": "plain", "parallel_residual_start": 1}, False), ({"max_skips": 2}, True),
+    ({"recur_layers": "3,4", "num_loops": 1, "max_skips": 3, "smear_gate_enabled": 1}, True),
+    ({"ve_layers": "1,5", "ve_dim": 12, "quantizer": "sdclip"}, True)], ids=str)
 def test_model_is_the_slow_reference(overrides, looping):
     """Logits, scores, loss and the gradient of every parameter, none of which is at its initial value."""
     cfg = tiny_config(**overrides)
@@ -109,6 +137,7 @@ def test_model_is_the_slow_reference(overrides, looping):
     model.looping = looping
     p = {name: w.detach().double().requires_grad_() for name, w in model.named_parameters()}
     tokens = random_ids(2, 10)
+    tokens[0, 4] = 1  # a document begins
     ids, targets = tokens[:, :-1], tokens[:, 1:]
     expected = torch.stack([reference_logits(row, p, cfg, looping) for row in ids])
     expected_nll = expected.logsumexp(-1) - expected.gather(-1, targets[..., None])[..., 0]
@@ -190,7 +219,6 @@ def popped(schedule):
             merges.append((i - encoder, v.skip, stack.pop()))
         if v.push:
             stack.append(i)
-    assert not stack
     return merges
 
 
@@ -200,8 +228,8 @@ def test_default_schedule():
     assert halves(plain) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
     assert halves(looped) == ([0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10])
     for schedule in (plain, looped):
-        assert {v.layer for v in schedule if v.lanes == 2} == {7, 8, 9, 10}
-        assert {v.layer for v in schedule if v.lanes == 1} == {0, 1, 2, 3, 4, 5, 6}
+        assert {v.layer for v in schedule if v.parallel} == {7, 8, 9, 10}
+        assert {v.layer for v in schedule if not v.parallel} == {0, 1, 2, 3, 4, 5, 6}
     assert popped(plain) == [(j, j, 4 - j) for j in range(5)]
     assert popped(looped) == [(j, j, 7 - j) for j in range(8)]
 
@@ -210,12 +238,78 @@ def test_other_schedules():
     cfg = Config.from_env({"LOOP_START": "4", "LOOP_END": "5", "NUM_LOOPS": "1", "PARALLEL_RESIDUAL": "none"})
     looped = build_schedule(cfg, True)
     assert halves(looped) == ([0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9, 10])
-    assert {v.lanes for v in looped} == {1}
+    assert not any(v.parallel for v in looped)
     whole = Config.from_env({"LOOP_START": "0", "LOOP_END": "10", "NUM_LOOPS": "1"})
     assert halves(build_schedule(whole, True)) == (list(range(11)), list(range(11)))
     one = Config.from_env({"LOOP_START": "10", "LOOP_END": "10", "NUM_LOOPS": "3"})
     assert sum(halves(build_schedule(one, True)), []) == [*range(11), 10, 10, 10]
     assert len(popped(build_schedule(one, True))) == 7
+
+
+@pytest.mark.parametrize("preset, parameters, encoder, decoder, parallel, skips", [
+    ("pr1858", 35_944_536, [0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10], 4, 8),
+    ("pr1395", 34_401_372, [0, 1, 2, 3, 4, 5], [4, 5, 6, 7, 8, 9, 10], 4, 5),
+    ("pr1517", 35_941_976, [0, 1, 2, 3, 4, 5, 3], [4, 5, 6, 7, 8, 9, 10], 0, 5)])
+def test_published_presets(preset, parameters, encoder, decoder, parallel, skips):
+    """Parameters and virtual layers of the submissions' own logs."""
+    cfg = Config.from_env({"PRESET": preset})
+    with torch.device("meta"):
+        model = GPT(cfg)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert halves(model.schedules[True]) == (encoder, decoder)
+    assert halves(model.schedules[False]) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
+    assert [v.layer for v in model.schedules[True] if v.parallel] == list(range(7, 11))[:parallel]
+    assert popped(model.schedules[True]) == [(j, j, len(encoder) - 1 - j) for j in range(skips)]
+    assert len(model.skip_weights) == len(model.skip_gates) == skips
+
+
+def test_new_parameters_start_without_effect_or_as_published():
+    cfg = tiny_config(parallel_residual="lanes", smear_gate_enabled=1, ve_layers="4,5", ve_dim=16, quantizer="sdclip")
+    p = {name: w.detach() for name, w in GPT(cfg).named_parameters()}
+    assert p["lane_merge"] == 0.5 and not p["smear_gate"].any() and torch.sigmoid(p["smear_gate"][0]) == 0.5
+    assert not p["value_embedding.bank"].any() and p["value_embedding.bank"].shape == (1, 32, 16)
+    assert p["value_embedding.scale"] == pytest.approx(0.1) and (p["value_embedding.layer_scales"] == 1).all()
+    assert p["value_embedding.table"].shape == (300, 16) and p["value_embedding.table"].std() > 0.005
+
+
+def test_no_document_smears_into_the_next():
+    """Other tokens before a document's beginning leave its mixed embeddings as they are, to the last bit."""
+    torch.manual_seed(0)
+    table, gate = torch.randn(300, 8), torch.randn(8)
+    ids = random_ids(1, 12)
+    ids[0, 5] = 1
+    other = ids.clone()
+    other[0, :5] = random_ids(1, 5, seed=1)
+    mixed = [train_gpt.smear(table[tokens], tokens, gate) for tokens in (ids, other)]
+    assert torch.equal(mixed[0][:, 5:], mixed[1][:, 5:]) and not torch.equal(mixed[0][:, 4], mixed[1][:, 4])
+    assert torch.equal(mixed[0][:, [0, 5]], table[ids[:, [0, 5]]]), "nothing comes before a window or a document"
+
+
+def test_late_qat_reaches_every_bank():
+    """The matrices compute as if rounded to SDClip's integers, and their gradients pass unchanged."""
+    cfg = tiny_config(late_qat_threshold=0.1, matrix_clip_sigmas=6)
+    model, ids = tiny_model(cfg), random_ids(2, 8)
+    exact = model(ids, ids)
+    exact.backward()
+    exact_grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.late_qat = True
+    rounded_loss = model(ids, ids)
+    rounded_loss.backward()
+    rounded = tiny_model(cfg)
+    with torch.no_grad():
+        for name in GPT.BANKS:
+            bank = getattr(rounded, name)
+            for row in bank.view(-1, bank.size(-1)):
+                step = 6 * row.std() / 31
+                row.copy_((row / step).round().clamp(-31, 31) * step)
+    expected = rounded(ids, ids)
+    expected.backward()
+    torch.testing.assert_close(rounded_loss, expected, rtol=1e-5, atol=1e-6)
+    assert abs(rounded_loss - exact) > 1e-5
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, dict(rounded.named_parameters())[name].grad, rtol=1e-3, atol=1e-6)
+        assert not torch.equal(p.grad, exact_grads[name])
 
 
 def test_no_loops_means_one_schedule():

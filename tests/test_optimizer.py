@@ -185,6 +185,14 @@ def test_lr_multiplier_limits():
     assert train_gpt.lr_multiplier(Config.from_env({"WARMDOWN_FRAC": "1"}), 0.25) == pytest.approx(0.75)
 
 
+def test_cosine_schedule_ends_at_its_floor():
+    """PR #1395's ablation: 1, then half a cosine to MIN_LR over the warm-down."""
+    cfg = Config.from_env({"LR_SCHEDULE": "cosine", "WARMDOWN_FRAC": "0.5", "MIN_LR": "0.05"})
+    values = [train_gpt.lr_multiplier(cfg, frac) for frac in (0, 0.5, 0.625, 0.75, 1, 1.01)]
+    quarter = 0.05 + 0.95 * (1 + math.cos(math.pi / 4)) / 2
+    assert values == pytest.approx([1, 1, quarter, 0.525, 0.05, 0.05], abs=1e-9)
+
+
 def test_muon_momentum_warms_up():
     cfg = Config.from_env({})
     values = [train_gpt.muon_momentum(cfg, step) for step in (0, 300, 750, 1500, 4000)]
@@ -194,18 +202,48 @@ def test_muon_momentum_warms_up():
 
 def test_weight_average():
     model = tiny_model(tiny_config())
-    average = train_gpt.WeightAverage(model, 0.9)
+    average = train_gpt.WeightAverage(tiny_config(ema_decay=0.9), model)
     expected = [p.detach().double().clone() for p in model.parameters()]
     for step in range(4):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.1 * (step + 1))
-        average.update()
+        average.update(step + 1, 1.0)
         expected = [0.9 * e + 0.1 * p.detach().double() for e, p in zip(expected, model.parameters())]
     assert not any(torch.allclose(p.double(), e) for p, e in zip(model.parameters(), expected))
     average.apply()
     for p, e in zip(model.parameters(), expected):
         torch.testing.assert_close(p.detach().double(), e, rtol=0, atol=1e-5)
+
+
+def test_uniform_average_of_snapshots():
+    """Every SWA_EVERY steps, and only while the learning rates' multiplier is below 0.2."""
+    model = tiny_model(tiny_config())
+    average = train_gpt.WeightAverage(tiny_config(swa_every=2, ema_decay=0.9), model)
+    snapshots, untouched = [], [p.detach().clone() for p in model.parameters()]
+    average.apply()
+    assert all(torch.equal(p, before) for p, before in zip(model.parameters(), untouched)), "there is no snapshot yet"
+    for step, multiplier in enumerate((0.3, 0.2, 0.19, 0.15, 0.1, 0.05, 0.0), start=1):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        average.update(step, multiplier)
+        if step in (4, 6):
+            snapshots.append([p.detach().clone() for p in model.parameters()])
+    average.apply()
+    for p, one, other in zip(model.parameters(), *snapshots):
+        torch.testing.assert_close(p.detach(), (one + other) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_value_embeddings_are_optimized_as_what_they_are(rt):
+    """The table like the embedding, the projection by Muon, the scales with the scalars."""
+    config = tiny_config(ve_layers="4", quantizer="sdclip")
+    optimizer = Optimizer(config, rt, model := tiny_model(config))
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in optimizer.banks} == BANKS | {"value_embedding.bank"}
+    tables, rest = optimizer.adamw.param_groups
+    assert [names[id(p)] for p in tables["params"]] == ["embedding", "value_embedding.table"]
+    assert {"value_embedding.scale", "value_embedding.layer_scales"} < {names[id(p)] for p in rest["params"]}
 
 
 def test_gradients_do_not_depend_on_the_micro_batches(tmp_path):

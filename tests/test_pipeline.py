@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import BEGUN, ROOT, ahead, torchrun
 
 import train_gpt
 
@@ -32,9 +32,9 @@ class Run:
         self.losses = [float(x) for x in re.findall(r"train_loss: (\S+)", self.done.stdout)]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
+@ahead
+def runs(folder):
+    """The same run on one and on two ranks."""
     with ThreadPoolExecutor(2) as pool:
         return tuple(pool.map(Run, (folder / "one", folder / "two"), (1, 2)))
 
@@ -98,30 +98,37 @@ runpy.run_path("train_gpt.py", run_name="__main__")
 """
 
 
-def test_packed_script_scores_the_artifact_alone(runs, tmp_path):
+@ahead
+def scored_alone(folder):
+    """The packed script's own scores of the artifact of `runs`, from a folder with little else."""
+    source = BEGUN["runs"].result()[0].folder / "out"
+    shutil.copy(source / "train_gpt.py", folder)
+    (folder / "out").mkdir()
+    shutil.copy(source / "final_model.ptz", folder / "out")
+    shutil.copytree(source / "smoke_data", folder / "data", ignore=shutil.ignore_patterns("*train*"))
+    (folder / "offline.py").write_text(OFFLINE)
+    shutil.copy(source / "final_model.pt", folder / "out")
+    # Where the kernel lets us, in a network namespace of its own with but a loopback; Python's sockets raise anyway.
+    alone = ["unshare", "-rn"] if subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0 else []
+    done = subprocess.run([*alone, sys.executable, "offline.py"], cwd=folder, capture_output=True, text=True,
+                          timeout=240, env={"MODE": "eval", "DATA_DIR": "data", "RUN_ID": "again",
+                                            "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
+    return done, folder
+
+
+def test_packed_script_scores_the_artifact_alone(runs, scored_alone):
     """Only the packed script, the artifact, the tokenizer and the validation shards; no network; the same digits.
 
     Other files may lie beside them, and none is opened.
     """
-    source = runs[0].folder / "out"
-    shutil.copy(source / "train_gpt.py", tmp_path)
-    (tmp_path / "out").mkdir()
-    shutil.copy(source / "final_model.ptz", tmp_path / "out")
-    shutil.copytree(source / "smoke_data", tmp_path / "data", ignore=shutil.ignore_patterns("*train*"))
-    (tmp_path / "offline.py").write_text(OFFLINE)
-    shutil.copy(source / "final_model.pt", tmp_path / "out")
-    # Where the kernel lets us, in a network namespace of its own with but a loopback; Python's sockets raise anyway.
-    alone = ["unshare", "-rn"] if subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0 else []
-    done = subprocess.run([*alone, sys.executable, "offline.py"], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=240, env={"MODE": "eval", "DATA_DIR": "data", "RUN_ID": "again",
-                                            "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
+    done, folder = scored_alone
     assert done.returncode == 0, done.stdout + done.stderr
-    own = {name for name in (tmp_path / "opened.txt").read_text().splitlines()
+    own = {name for name in (folder / "opened.txt").read_text().splitlines()
            if not name.startswith(("..", "logs/", "offline.py"))}
-    val, = (tmp_path / "data").rglob("fineweb_val*")
-    tokenizer, = (tmp_path / "data").rglob("*.model")
-    assert own == {"train_gpt.py", "out/final_model.ptz", *(str(p.relative_to(tmp_path)) for p in (val, tokenizer))}
-    again = json.loads((tmp_path / "logs" / "again.json").read_text())
+    val, = (folder / "data").rglob("fineweb_val*")
+    tokenizer, = (folder / "data").rglob("*.model")
+    assert own == {"train_gpt.py", "out/final_model.ptz", *(str(p.relative_to(folder)) for p in (val, tokenizer))}
+    again = json.loads((folder / "logs" / "again.json").read_text())
     for stage in STAGES[1:]:
         assert {**again[stage], "seconds": 0} == {**runs[0].record[stage], "seconds": 0}
     assert again["code_sha256"] == runs[0].record["code_sha256"] and again["prequant"] is None
@@ -154,15 +161,29 @@ def test_two_nodes_train_as_one(runs, tmp_path):
         assert record[stage]["val_bpb"] == pytest.approx(runs[1].record[stage]["val_bpb"], abs=1e-6)
 
 
-@pytest.mark.parametrize("ranks, env, message", [
+BAD_INPUT = [
     (3, {}, "3 ranks cannot share TRAIN_BATCH_TOKENS=4096, which is 32 sequences of 128: use 1, 2, 4, 8, 16, 32 ranks"),
     (1, {"PRESET": "pr1541", "DEVICE": "cpu"}, "PRESET=smoke"),
     (1, {"MODE": "eval", "OUT_DIR": "nowhere"}, "MODE=eval needs the artifact nowhere/final_model.ptz"),
-    (1, {"TTT_EPOCH": "2"}, "did you mean TTT_EPOCHS?")])
-def test_bad_input_ends_in_one_message_before_any_work(tmp_path, ranks, env, message):
-    done = torchrun(ranks, str(ROOT / "train_gpt.py"), cwd=tmp_path, env={**SMALL, **env})
+    (1, {"TTT_EPOCH": "2"}, "did you mean TTT_EPOCHS?")]
+
+
+@ahead
+def refused(folder):
+    """What is said to each bad input, and what is then in its folder."""
+    def run(number, ranks, env):
+        own = folder / str(number)
+        own.mkdir()
+        return torchrun(ranks, str(ROOT / "train_gpt.py"), cwd=own, env={**SMALL, **env}), own
+
+    return [run(number, ranks, env) for number, (ranks, env, _) in enumerate(BAD_INPUT)]
+
+
+@pytest.mark.parametrize("number, message", [(number, message) for number, (*_, message) in enumerate(BAD_INPUT)])
+def test_bad_input_ends_in_one_message_before_any_work(refused, number, message):
+    done, folder = refused[number]
     assert done.returncode != 0 and done.stderr.count(message) == 1
-    assert "train_loss" not in done.stdout and not (tmp_path / "logs").exists()
+    assert "train_loss" not in done.stdout and not (folder / "logs").exists()
 
 
 OWN_VARIABLE = """

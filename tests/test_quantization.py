@@ -462,9 +462,9 @@ def direct_hessians(model: GPT, batches: list[torch.Tensor], monkeypatch) -> tup
         seen(x, sites.pop(0))
         return linear(x, matrix, bias)
 
-    def watched_attend(self, x, w, layer, rope):
+    def watched_attend(self, x, w, layer, *rest):
         sites[:] = [f"attn_in.{layer}", f"attn_out.{layer}"]
-        return attend(self, x, w, layer, rope)
+        return attend(self, x, w, layer, *rest)
 
     def watched_mlp(self, x, w, layer):
         sites[:] = [f"mlp_in.{layer}", f"mlp_hidden.{layer}"]
@@ -628,6 +628,21 @@ def test_small_tensors_stay_fp16_and_large_ones_become_integers(rt):
         assert {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()} == expected
         for name in set(shapes) - quantized:
             assert torch.equal(tensors[name], dict(model.named_parameters())[name].half())
+
+
+def test_tables_may_be_rounded_to_the_nearest(rt):
+    """EMBED_GPTQ_ENABLED=0, and the table of value embeddings always: no Hessian moves an integer."""
+    config = tiny_config(MODEL_DIM=128, NUM_LAYERS=5, VOCAB_SIZE=700, VE_LAYERS="4", VE_DIM=128, EMBED_GPTQ_ENABLED=0,
+                         QUANTIZER="sdclip", EMBED_CLIP_SIGMAS=11)
+    model, generator = tiny_model(config), torch.Generator().manual_seed(4)
+    tensors = quantize_rows(config, rt, model, hessians_of(model, lambda width: random_hessian(width, generator)))
+    for name, table in (("embedding", model.embedding), ("value_embedding.table", model.value_embedding.table)):
+        scale = (11 * table.detach().std(-1) / 127).half()
+        assert torch.equal(tensors[f"{name}.scale"], scale)
+        nearest = (table.detach() / scale.float()[:, None]).round().clamp(-127, 127)
+        assert torch.equal(tensors[f"{name}.q"].float(), nearest)
+    restored = train_gpt.model_from_artifact(config, rt, tensors)
+    assert (restored.value_embedding.table - model.value_embedding.table).abs().max() < 0.02
 
 
 def test_each_matrix_is_quantized_with_its_own_hessian_and_bits(rt):

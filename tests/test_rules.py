@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from conftest import ROOT, SHARED, fake_validation, torchrun
+from conftest import ROOT, SHARED, ahead, fake_validation, torchrun
 from test_evaluation import (
     CHUNK,
     LENGTH,
@@ -363,10 +363,9 @@ def test_conditions_on_one_rank(check, mode, plant, rt):
     judge(findings(check, mode, plant, rt), plant)
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
+@ahead
+def two_ranks(folder):
     """All their cases on two ranks, in one torchrun: {case: findings}."""
-    folder = tmp_path_factory.mktemp("two")
     done = torchrun(2, str(Path(__file__).resolve()), cwd=folder, env={})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads((folder / "findings.json").read_text())
@@ -398,6 +397,21 @@ def tiny_run(folder, data, rt, **overrides) -> dict:
     rt.log_file.close()
     rt.log_file = None
     return json.loads((folder / "logs" / "run.json").read_text())
+
+
+# The other systems' presets, in the tests' small sizes.
+SMALL_PRESETS = {"pr1858": {"PRESET": "pr1858"}, "pr1517": {"PRESET": "pr1517", "RECUR_LAYERS": "1,3"},
+                 "pr1395": {"PRESET": "pr1395", "RECUR_LAYERS": "2,3", "VE_LAYERS": "3"}}
+
+
+@pytest.mark.parametrize("preset, check, mode, plant", thinned(
+    [(preset, check, mode, plant) for preset in SMALL_PRESETS for check, mode, plant in CASES
+     if plant in (None, "leaked_token", "discounted", "doubled_window")],
+    lambda case: case[2] == "sliding" and case[3] is None and case[1] != "ordered"), ids=lambda x: x or "as it is")
+def test_conditions_in_every_preset(preset, check, mode, plant, rt):
+    honest = small_config
+    with patched(sys.modules[__name__], "small_config", lambda **values: honest(**{**SMALL_PRESETS[preset], **values})):
+        judge(findings(check, mode, plant, rt), plant)
 
 
 @pytest.fixture(scope="module")
@@ -517,6 +531,35 @@ def test_training_never_looks_at_validation_tokens(plant, stage, in_artifact, co
     assert one["val_sha256"] != other["val_sha256"] and one["quantized"] != other["quantized"]
     assert (one["artifact_sha256"] != other["artifact_sha256"]) == in_artifact
     assert one["source_sha256"] == other["source_sha256"] and one["code_sha256"] == other["code_sha256"]
+
+
+@pytest.mark.parametrize("preset", SMALL_PRESETS)
+def test_every_preset_runs_and_is_compliant(preset, corpus, tmp_path, rt):
+    record = tiny_run(tmp_path, corpus[0], rt, **SMALL_PRESETS[preset], RECUR_START_STEP=2, MAX_SKIPS=2)
+    assert record["compliant"] and not failed(record) and record["preset"] == preset
+    assert record["settings"]["quantizer"] == "sdclip" and (record["ttt"] is not None) == (preset == "pr1858")
+    again = train_gpt.unpack_artifact((tmp_path / "out" / "final_model.ptz").read_bytes())[1]["settings"]
+    assert again["preset"] == preset
+
+
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_fine_tuning_on_what_is_scored_later_is_marked_everywhere(data, corpus, tmp_path, rt):
+    """PR #1517's own score came from it: log, record and submission say so; on training tokens it is as good as any."""
+    folders, records = [tmp_path / str(i) for i in range(2)], []
+    for folder, shards in zip(folders, corpus):
+        records.append(tiny_run(folder, shards, rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, PREQUANT_TTT_ENABLED=1,
+                                PREQUANT_TTT_DATA=data, PREQUANT_TTT_EPOCHS=2, PREQUANT_TTT_LR=0.01))
+    one, other = records
+    assert one["prequant_ttt"]["val_loss"] < one["prequant"]["val_loss"]
+    assert failed(one) == (set() if data == "train" else {"no_early_training"})
+    assert one["compliant"] == (data == "train")
+    assert (one["artifact_sha256"] == other["artifact_sha256"]) == (data == "train"), "it follows the split"
+    log = (folders[0] / "logs" / "run.txt").read_text()
+    assert ("check no_early_training: FAILED" in log) == (data == "val")
+    assert f"compliant: {data == 'train'}" in log and "pre-quantization post-ttt val_loss:" in log
+    config = train_gpt.Config.from_env({"MODE": "collect", "RECORDS": str(folders[0] / "logs" / "run.json")})
+    compliance = train_gpt.make_submission(config, train_gpt.read_records(config))["rehearsal"]["compliance"]
+    assert compliance["no_early_training"] == compliance["all_checks"] == (data == "train")
 
 
 def trained_twice():

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fake_validation, tiny_config
+from conftest import ROOT, ahead, fake_validation, tiny_config
 
 import train_gpt
 from train_gpt import SOURCE, Record, UsageError, pack_source, strip_source
@@ -55,7 +55,7 @@ def test_a_packed_script_holds_what_its_settings_need():
     default, published = strip_source(SOURCE.decode()), strip_source(SOURCE.decode(), quantizer="sdclip")
     assert "def gptq_quantize" in published and "viterbi" not in published.lower() and "argmin" not in published
     assert "def gptq_quantize" not in default and "argmin" in default
-    embedded = strip_source(SOURCE.decode(), "smoke", "embedded")
+    embedded = strip_source(SOURCE.decode(), preset="smoke", corpus="embedded")
     assert "SentencePieceTrainer" in embedded and "SentencePieceTrainer" not in default
     assert "matrix_bits" in published and "matrix_bits" not in default, "nothing reads it"
     assert "embedding_dim" in default, "a constraint reads it"
@@ -155,7 +155,8 @@ def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
                                env={**env, "PATH": ""}) for folder in (ROOT, tmp_path)]
         assert said[0].returncode == said[1].returncode == 2
         assert all(x.stderr.startswith("train_gpt.py: ") for x in said)
-        assert all(value in x.stderr for x in said for value in ({"SEED", "'x'"} if "SEED" in env else {"NUM_HEADS=7"}))
+        named = [("SEED", "'x'")] * 2 if "SEED" in env else [("NUM_HEADS=7",), ("model_dim % num_heads == 0",)]
+        assert all(value in x.stderr for x, values in zip(said, named) for value in values)
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={"PATH": "", "DATA_DIR": "nowhere"})
     line, value = re.match(r"train_gpt.py: \((\d+), PosixPath\('nowhere/tokenizers/", done.stderr)[1], "no tokenizer at"
@@ -190,20 +191,33 @@ def test_code_beside_the_script_is_refused(tmp_path, name, early):
     assert done.returncode == 2 and said in done.stderr and "uncounted" not in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("folder, refused", [
-    ("lib", True), ("a/b/c", True), ("my-site-packages", True), ("venv/lib/python3.10/site-packages", False)])
-@pytest.mark.parametrize("name", ["difflib.py", "difflib/__init__.py", "later.py"])
-def test_code_anywhere_below_the_script_is_refused(tmp_path, folder, refused, name):
-    """By way of PYTHONPATH; the packages of a virtual environment that lies there are not meant."""
-    (tmp_path / "train_gpt.py").write_bytes(SOURCE)
-    module = tmp_path / folder / name
-    module.parent.mkdir(parents=True)
-    module.write_text(Path(difflib.__file__).read_text())
-    code = "import train_gpt; train_gpt.refuse_code_beside(); import later"
-    command = ["-c", code] if name == "later.py" else ["train_gpt.py"]
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "", "MODE": "help", "PYTHONPATH": str(tmp_path / folder)})
-    said = "No module named 'later'" if name == "later.py" else f"{module}: imported from the script's folder"
+PLACES = [(folder, name) for folder in ("lib", "a/b/c", "my-site-packages", "venv/lib/python3.10/site-packages")
+          for name in ("difflib.py", "difflib/__init__.py", "later.py")]
+
+
+@ahead
+def beside(folder):
+    """What the script says of other code below its folder, by way of PYTHONPATH, for each of PLACES."""
+    def run(number, place, name):
+        own = folder / str(number)
+        module = own / place / name
+        module.parent.mkdir(parents=True)
+        (own / "train_gpt.py").write_bytes(SOURCE)
+        module.write_text(Path(difflib.__file__).read_text())
+        code = "import train_gpt; train_gpt.refuse_code_beside(); import later"
+        command = ["-c", code] if name == "later.py" else ["train_gpt.py"]
+        return module, subprocess.run([sys.executable, *command], cwd=own, capture_output=True, text=True,
+                                      env={"PATH": "", "MODE": "help", "PYTHONPATH": str(own / place)})
+
+    return {place: run(number, *place) for number, place in enumerate(PLACES)}
+
+
+@pytest.mark.parametrize("place", PLACES, ids="/".join)
+def test_code_anywhere_below_the_script_is_refused(beside, place):
+    """The packages of a virtual environment that lies there are not meant."""
+    module, done = beside[place]
+    said = "No module named 'later'" if module.name == "later.py" else f"{module}: imported from the script's folder"
+    refused = not place[0].startswith("venv")
     assert (done.returncode != 0 and said in done.stderr) if refused else done.returncode == 0, done.stderr
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config, tiny_env, torchrun, write_shards
+from conftest import ROOT, tiny_config, tiny_env, tiny_model, torchrun, write_shards
 
 import train_gpt
 from train_gpt import GPT, Config, Optimizer, RunStopped, Runtime, TrainData
@@ -155,6 +155,64 @@ def test_looping_at_once_never_and_not_at_all(data_dir):
     without = train_run(tiny_config(data_dir=data_dir, iterations=2, enable_looping_at=0, num_loops=0))
     assert without.looping == [False, False] and not without.model.looping
     assert not any(line.startswith("layer_loop") for line in without.lines + late.lines)
+
+
+def test_looping_from_a_step_on(data_dir):
+    run = train_run(tiny_config(data_dir=data_dir, recur_start_step=2, enable_looping_at=0, recur_layers="2,3",
+                                num_loops=1))
+    assert run.looping == [False] * 2 + [True] * 4
+    assert "layer_loop:enabled step:2 frac:0.333 encoder:[0, 1, 2, 3] decoder:[2, 3, 4, 5]" in run.lines
+
+
+def test_late_qat_begins_below_its_threshold_and_ends_with_training(data_dir):
+    """Multipliers 1, 1, 1, 0.67, 0.33 over six steps of which the last four warm down; compiled in the warm-up."""
+    seen = []
+    config = tiny_config(data_dir=data_dir, warmdown_frac=0.5, late_qat_threshold=0.5, warmup_steps=1)
+    run = train_run(config, lambda model: seen.append((model.looping, model.late_qat)) or 0.0)
+    assert [late for _, late in seen] == [False, False, True] + [rate < 0.5 for rate, _ in run.rates]
+    assert True in [late for _, late in seen[3:]] and seen[:3] == [(False, False), (True, False), (True, True)]
+    assert "late_qat:enabled step:5 frac:0.833" in run.lines and not run.model.late_qat
+    without = train_run(tiny_config(data_dir=data_dir, warmdown_frac=0.5))
+    assert without.losses[:5] == run.losses[:5] and without.losses[5] != run.losses[5]
+
+
+def test_snapshots_are_averaged(data_dir):
+    """Of the two last steps, whose multipliers are below 0.2; the model ends as their mean."""
+    config = tiny_config(data_dir=data_dir, warmdown_frac=1, iterations=12, swa_every=1, ema_decay=0.5)
+    run = train_run(config)
+    after = [run.states[i + 1][2] for i in (10,)]  # weights before step 11: after the first of them
+    assert [rate < 0.2 for rate, _ in run.rates] == [False] * 10 + [True] * 2
+    by_ema = train_run(tiny_config(data_dir=data_dir, warmdown_frac=1, iterations=12, ema_decay=0)).model
+    for p, one, last in zip(run.model.parameters(), after[0], by_ema.parameters()):
+        torch.testing.assert_close(p.detach(), (one + last.detach()) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_fine_tuning_before_quantization_is_a_slow_loop(data_dir):
+    """AdamW without decay, batches in order, a cosine over the epochs to a tenth, the first layers as they were."""
+    config = tiny_config(data_dir=data_dir, prequant_ttt_epochs=3, prequant_ttt_lr=0.01, prequant_ttt_freeze_blocks=2,
+                         ttt_batch_seqs=4, ttt_grad_clip=0.5)
+    rt = Runtime(config)
+    sequences = train_gpt.first_windows(TrainData(config, rt).in_order(2), 10)
+    assert sequences.shape == (10, 33)
+    model, slow = (tiny_model(config) for _ in range(2))
+    train_gpt.prequant_ttt(config, rt, model, model, sequences)
+    optimizer = torch.optim.AdamW(slow.parameters(), weight_decay=0)
+    frozen = {name: [i for i in range(p.size(0)) if i % 6 < 2] for name, p in slow.named_parameters()
+              if name in (*GPT.BANKS, "resid_mix", "attn_scale", "mlp_scale", "q_gain", "par_resid", "par_post")}
+    for epoch in range(3):
+        optimizer.param_groups[0]["lr"] = 0.001 + 0.009 * (1 + math.cos(math.pi * epoch / 3)) / 2
+        for batch in (sequences[:4], sequences[4:8], sequences[8:]):
+            optimizer.zero_grad()
+            slow(batch[:, :-1], batch[:, 1:]).backward()
+            for name, p in slow.named_parameters():
+                p.grad[frozen.get(name, [])] = 0
+            torch.nn.utils.clip_grad_norm_(slow.parameters(), 0.5)
+            optimizer.step()
+    untouched = dict(tiny_model(config).named_parameters())
+    for (name, p), q in zip(model.named_parameters(), slow.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+        assert torch.equal(p[frozen.get(name, [])], untouched[name][frozen.get(name, [])])
+        assert not torch.equal(p, untouched[name])
 
 
 def test_each_step_gets_its_learning_rate_and_momentum(data_dir):
