@@ -28,6 +28,7 @@ import builtins
 import collections
 import contextlib
 import copy
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -38,6 +39,7 @@ import json
 import keyword
 import lzma
 import math
+import mmap
 import os
 import platform
 import random
@@ -52,6 +54,7 @@ import sys
 import tempfile
 import time
 import tokenize
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
@@ -209,6 +212,9 @@ class Config:
     ttt_lr: float = _eval(0.005, "SGD's learning rate at the first chunk", 0, 10)
     ttt_momentum: float = _eval(0.9, "SGD's momentum", 0, 1)
     ttt_grad_clip: float = _eval(1.0, "bound of the gradient norm", 0, 10**6)
+    ppm_enabled: bool = _eval(False, "score a byte mixture with PPM-D, too, in a field of its own")
+    ppm_mode: str = _eval("trie", "trie: a distribution over tokens; spread: the published figure, which is none",
+                          choices=("trie", "spread"))
 
     records: str = _collect("", "records to collect, separated by spaces")
     reference_bpb: str = _collect("", "val_bpb of the seeds of the record to beat, separated by commas")
@@ -660,6 +666,11 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
     return sp
 
 
+def is_boundary(sp: spm.SentencePieceProcessor, token: int) -> bool:
+    """Whether the token stands for no text, so that a leading space mark after it is no byte of the text."""
+    return sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token)
+
+
 def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tabulate how many bytes of text each token stands for.
 
@@ -673,18 +684,16 @@ def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[Te
         raise UsageError("the tokenizer has no piece U+2581 (a lone space), so it would spend 3 bytes on one space")
     base_bytes = torch.zeros(vocab_size, dtype=torch.int64)
     has_leading_space = torch.zeros(vocab_size, dtype=torch.bool)
-    is_boundary = torch.zeros(vocab_size, dtype=torch.bool)
-    for token in range(vocab_size):
-        if sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token):
-            is_boundary[token] = True
-        elif sp.is_byte(token):
+    boundary = torch.tensor([is_boundary(sp, token) for token in range(vocab_size)])
+    for token in np.flatnonzero(~boundary.numpy()).tolist():
+        if sp.is_byte(token):
             base_bytes[token] = 1
         else:
             piece = sp.id_to_piece(token)
             has_leading_space[token] = piece.startswith("\u2581")
             # An inner U+2581 decodes to a space of one byte, the mark itself would count three.
             base_bytes[token] = len(piece.removeprefix("\u2581").replace("\u2581", " ").encode("utf-8"))
-    return base_bytes, has_leading_space, is_boundary
+    return base_bytes, has_leading_space, boundary
 
 
 def shard_files(config: Config, split: str) -> list[Path]:
@@ -1476,7 +1485,7 @@ def warm_up(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Tr
     """
     if config.warmup_steps:
         states = [(False, False), (True, False), *([(True, True)] if config.late_qat_threshold else [])]
-        rt.log(f"warm-up: {config.warmup_steps} steps in each of the model's {len(states)} states")
+        rt.log(f"warm-up: {config.warmup_steps} steps in each of {len(states)} states")
         initial = [p.detach().clone() for p in model.parameters()]
         optimizer, progress = Optimizer(config, rt, model), Progress(rt, "warm-up", len(states) * config.warmup_steps)
         for step in range(len(states) * config.warmup_steps):
@@ -2395,6 +2404,8 @@ def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores,
             positions = inside[:, -count:]
             targets = val.tokens[(positions + 1).clamp(max=val.targets)].long()
             scores.add(positions, nll_fn(ids, targets))
+            if config.ppm_enabled and isinstance(nll_fn, ByteShares):
+                nll_fn.keep(positions)
             if progress:
                 progress.at(min(begin + batch, len(starts)))
 
@@ -2446,6 +2457,323 @@ def adapt(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim
             optimizer.step()
 
 
+# A byte mixture of the model and PPM-D (PPM_ENABLED, after PR #1858's experiment) that is a distribution over tokens: a
+# token is reached through the trie of the vocabulary's bytes. Whether it ends at a node is the model's to say alone;
+# which byte comes next, both say, PPM restricted to the bytes that lead on from there.
+SURE = math.exp(-0.277)  # where the model gives its likeliest next byte more, it is left alone
+PPM_CONFIDENT = 0.9  # where PPM gives one byte so much, the model weighs PPM_WEIGHTS[0], elsewhere the other
+PPM_WEIGHTS = (0.05, 0.9)
+MASS_FLOOR = 1e-14  # joins every probability: above the rounding of a cumulative sum, so that no mass is lost in it
+
+
+def token_bytes(sp: spm.SentencePieceProcessor, token: int, after_boundary: bool) -> bytes:
+    """The bytes of text that a token stands for: as many as build_byte_luts counts."""
+    piece = sp.id_to_piece(token)
+    if is_boundary(sp, token):
+        return b""
+    if sp.is_byte(token):
+        return bytes([int(piece[3:-1], 16)])  # <0x41>
+    return piece.removeprefix("\u2581" if after_boundary else "").replace("\u2581", " ").encode("utf-8")
+
+
+class ByteTrie:
+    """The vocabulary as two tries of byte strings: the tokens elsewhere, and those after a boundary token.
+
+    A row is a token in one of the two: token, or V + token after a boundary. Sorted by their bytes, the tokens below a
+    node are a range, and those that end at the node (several may have the same bytes) are the beginning of this range.
+    For rows [2V]: path [2V, longest], the nodes that the row's bytes lead to, then zeros; length, how many these are.
+    For nodes: byte, the one that leads to the node; siblings [nodes, 4], all that lead on from its parent, as bits.
+    """
+
+    def __init__(self, sp: spm.SentencePieceProcessor, device: torch.device | str = "cpu"):
+        """Build both tries: `rows` and `shares` work on `device`, the public arrays are numpy's."""
+        self.vocab_size = sp.vocab_size()
+        nodes, order, place, paths = [], [], [], []
+        for after_boundary in (False, True):
+            strings = [token_bytes(sp, token, after_boundary) for token in range(self.vocab_size)]
+            ordered = sorted(range(self.vocab_size), key=strings.__getitem__)
+            keys, beyond = sorted(strings), b"\xff" * (1 + max(map(len, strings)))
+            prefixes = sorted({string[:n] for string in strings for n in range(len(string) + 1)})
+            number = {prefix: n for n, prefix in enumerate(prefixes, len(nodes))}
+            nodes += [(bisect_left(keys, prefix), bisect_right(keys, prefix), bisect_left(keys, prefix + beyond),
+                       number[prefix[:-1]], int.from_bytes(prefix[-1:], "big")) for prefix in prefixes]
+            order.append([0, *ordered])  # behind a filler, for the mass of no token
+            place += np.argsort(ordered).tolist()
+            paths += [[number[string[:n]] for n in range(1, len(string) + 1)] for string in strings]
+        begin, own_end, end, parent, byte = np.array(nodes).T
+        self.length = np.array([len(path) for path in paths])
+        self.path = np.array([path + [0] * (self.length.max() - len(path)) for path in paths], dtype=np.int32)
+        self.byte = byte.astype(np.uint8)
+        children, inner = np.zeros((len(nodes), 256), dtype=bool), parent != np.arange(len(nodes))
+        children[parent[inner], byte[inner]] = True
+        self.siblings = np.packbits(children[parent], axis=1, bitorder="little").view("<u8")
+        self.boundary = torch.tensor([is_boundary(sp, token) for token in range(self.vocab_size)], device=device)
+        self.tables = [torch.tensor(table, dtype=torch.int64, device=device)
+                       for table in (begin, own_end, end, parent, order, place, self.path)]
+
+    def rows(self, previous: Tensor, targets: Tensor) -> Tensor:
+        """Rows (int64) of targets that follow the `previous` tokens, of any one shape."""
+        return targets.long() + self.vocab_size * self.boundary[previous.long()]
+
+    @torch.no_grad()
+    def shares(self, logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Tell what a byte mixture needs of the model: logits [P, V], target rows [P] -> shares [bytes], rest [P].
+
+        A byte's share (fp32) is the part that its node's tokens have in the mass of all tokens that go on beyond the
+        parent, the model's probability of the byte; negative where the model is sure, the likeliest byte having more
+        than SURE. A target's rest (fp64, nats) is the cost of all that chooses no byte: ending or going on, and which
+        of the tokens with the same bytes. rest - sum(log |share|) is the target's negative log-likelihood under the
+        softmax, to which MASS_FLOOR is added. Takes some 50 bytes for each logit: call it with a few thousand rows.
+        """
+        begin, own_end, end, parent, order, place, path = self.tables
+        ordered, node = order[rows // self.vocab_size], path[rows]  # [P, V + 1], [P, longest]
+        mass = torch.softmax(logits.double(), 1).add_(MASS_FLOOR).gather(1, ordered)
+        mass[:, 0] = 0
+        mass.cumsum_(1)  # of the first n tokens in the order
+
+        def below(node: Tensor) -> Tensor:
+            return mass.gather(1, end[node]) - mass.gather(1, begin[node])
+
+        ended, total = mass.gather(1, own_end[parent[node]]), mass.gather(1, end[parent[node]])
+        share = (below(node) / (total - ended)).float()
+        # A byte with more than half of the mass holds its middle: no other sibling needs to be looked at.
+        middle = ordered.gather(1, torch.searchsorted(mass, (ended + total) / 2))
+        depth = torch.arange(path.size(1), device=path.device)
+        likeliest = path[middle + rows[:, None] // self.vocab_size * self.vocab_size, depth]
+        sure, inside = below(likeliest) > SURE * (total - ended), node > 0
+        at = place[rows, None]
+        p = (mass.gather(1, at + 1) - mass.gather(1, at)) / mass[:, -1:]
+        rest = (share.double().log() * inside).sum(1) - p[:, 0].log()
+        return torch.where(sure, -share, share)[inside], rest
+
+
+PPM_SOURCE = r"""
+#include <math.h>
+#include <stdint.h>
+
+enum { ORDER = 5, SYMBOLS = 11 };
+typedef uint64_t u64;
+
+/* The first 11 symbols that followed a context, in order of appearance; the next 11 are on its page 1, and so on.
+   A symbol counted c times weighs 2c - 1. The key of a free page is 0. */
+typedef struct { u64 key; uint32_t weight[SYMBOLS]; uint8_t symbol[SYMBOLS], used; } Page;
+typedef struct { Page *pages; int bits; u64 *used, *history; } Model;  /* history: the last byte is the lowest */
+
+/* The key of a context's page 0; that of each further page is 2 more. */
+static u64 key_of(u64 history, int order) {
+    return (history & ((1ull << 8 * order) - 1)) << 9 | order << 6 | 1;
+}
+
+static Page *slot_of(const Model *m, u64 key) {
+    return m->pages + ((key ^ key >> 29) * 0x9E3779B97F4A7C15u >> (64 - m->bits));
+}
+
+/* The page with that key, or the free page that would take it. */
+static Page *find(const Model *m, u64 key) {
+    Page *page = slot_of(m, key), *last = m->pages + (1ull << m->bits) - 1;
+    while (page->key && page->key != key)
+        page = page == last ? m->pages : page + 1;
+    return page;
+}
+
+/* Probability of the byte, given that the next one is in the set; confidence of the longest context seen. */
+static double predict(const Model *m, int byte, const u64 *set, double *confidence) {
+    double p = 1 / 256., p_set = 0;
+    for (int i = 0; i < 4; i++)
+        p_set += __builtin_popcountll(set[i]) / 256.;
+    *confidence = p;
+    for (int order = 0; order <= ORDER; order++) {
+        u64 key = key_of(*m->history, order), sum = 0, sum_set = 0, hit = 0, most = 0, distinct = 0;
+        const Page *page = find(m, key);
+        if (!page->key)
+            break;
+        for (;; page = find(m, key += 2)) {
+            for (int i = 0; i < page->used; i++) {
+                u64 weight = page->weight[i], symbol = page->symbol[i];
+                sum += weight;
+                sum_set += weight & -(set[symbol >> 6] >> (symbol & 63) & 1);
+                hit += symbol == byte ? weight : 0;
+                most = weight > most ? weight : most;
+            }
+            distinct += page->used;
+            if (page->used < SYMBOLS)
+                break;
+        }
+        double all = sum + distinct;
+        p = (hit + distinct * p) / all;
+        p_set = (sum_set + distinct * p_set) / all;
+        *confidence = most / all;
+    }
+    return p / p_set;
+}
+
+/* Count the byte in its contexts, from the longest to the first that knows it. */
+static void update(Model *m, int byte) {
+    for (int order = ORDER, known = 0; order >= 0 && !known; order--) {
+        u64 key = key_of(*m->history, order);
+        Page *page = find(m, key);
+        int i = 0;
+        while (i < page->used && page->symbol[i] != byte)
+            if (++i == SYMBOLS)
+                i = 0, page = find(m, key += 2);
+        known = i < page->used;
+        if (!page->key && *m->used >= 3ull << m->bits >> 2)
+            continue;  /* the table is full */
+        *m->used += !page->key;
+        page->key = key;
+        page->symbol[i] = byte;
+        page->weight[i] += known ? 2 : 1;
+        page->used += !known;
+    }
+    *m->history = *m->history << 8 | byte;
+}
+
+/* Predict each byte of the tokens among its siblings, then count it; negative: where the model is confident. */
+void predict_text(Page *pages, int bits, u64 *used, u64 *history, double confident, int64_t tokens, const int32_t *rows,
+                  const int32_t *paths, int longest, const uint8_t *bytes, const u64 *siblings, float *found) {
+    Model m = { pages, bits, used, history };
+    for (int64_t t = 0; t < tokens; t++) {
+        const int32_t *path = paths + (int64_t)rows[t] * longest;
+        for (int i = 0; i < longest && path[i]; i++) {
+            int byte = bytes[path[i]];
+            for (int order = 1; order <= ORDER; order++)  /* what the next byte needs: time to come from memory */
+                __builtin_prefetch(slot_of(&m, key_of(*history << 8 | byte, order)));
+            double confidence, p = predict(&m, byte, siblings + 4 * path[i], &confidence);
+            *found++ = confidence >= confident ? -p : p;
+            update(&m, byte);
+        }
+    }
+}
+"""
+
+
+@functools.cache
+def ppm_library() -> ctypes.CDLL:
+    """Compile PPM_SOURCE with the system's C compiler; raise UsageError if there is none or it fails."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        raise UsageError("PPM_ENABLED=1 needs a C compiler, and the PATH has no cc, gcc or clang: install one "
+                         "(Debian, Ubuntu: apt-get install gcc libc6-dev)")
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "ppm.c"), Path(folder, "ppm.so")
+        source.write_text(PPM_SOURCE)
+        # Without contraction, products and sums are rounded alike on all machines.
+        done = subprocess.run([compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-o", library, source],
+                              capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(f"{compiler} cannot compile the byte mixture: {done.stderr}")
+        return ctypes.CDLL(str(library))
+
+
+class PPM:
+    """PPM-D of order 5 over the bytes of a text.
+
+    A context of n symbols, q different ones, gives p(s) = (2c(s) - 1) / 2n + q / 2n * p'(s) with the next shorter
+    context's p' (Howard's estimates, 1993; without exclusion, all ways to a symbol are added up, which makes a
+    distribution); below the empty context all 256 bytes are alike. A byte is counted after it has been predicted, in
+    the contexts from the longest to the first that knows it. Contexts reach over documents' ends; the first ones are
+    filled up with zero bytes. Longer contexts count only where all shorter ones have been seen.
+    The table has 2^table_bits pages of 64 bytes, each for up to 11 symbols of a context; once 3/4 are in use, a symbol
+    that needs a new page is not counted in that context any more.
+    """
+
+    def __init__(self, trie: ByteTrie, table_bits: int = 24):
+        """Nothing is seen yet; the memory is taken as the pages come into use."""
+        self.trie, self.table_bits = trie, table_bits
+        memory = mmap.mmap(-1, 64 << table_bits)  # on a page's boundary, which numpy's would not be
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: fewer misses in the address tables
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.pages = np.frombuffer(memory, dtype=np.uint64)
+        self.used, self.history = np.zeros(1, dtype=np.uint64), np.zeros(1, dtype=np.uint64)
+
+    def predict(self, rows: np.ndarray, among_all: bool = False) -> np.ndarray:
+        """Probability of each byte of the next tokens, given the text before it: rows [n] int32 -> [bytes] fp32.
+
+        Among its siblings in the trie, or among all 256 bytes; negative where PPM is confident. Other threads run
+        meanwhile.
+        """
+        trie, found = self.trie, np.empty(int(self.trie.length[rows].sum()), np.float32)
+        siblings = ~np.zeros_like(trie.siblings) if among_all else trie.siblings
+        arrays = [x.ctypes.data_as(ctypes.c_void_p) for x in (
+            self.pages, self.used, self.history, rows, trie.path, trie.byte, siblings, found)]
+        pages, used, history, rows_at, path, byte, siblings_at, found_at = arrays
+        ppm_library().predict_text(pages, ctypes.c_int(self.table_bits), used, history, ctypes.c_double(PPM_CONFIDENT),
+                                   ctypes.c_int64(len(rows)), rows_at, path, ctypes.c_int(trie.path.shape[1]), byte,
+                                   siblings_at, found_at)
+        return found
+
+
+def mix_bytes(length: np.ndarray, share: np.ndarray, rest: np.ndarray, ppm: np.ndarray, spread: bool) -> np.ndarray:
+    """Nats of tokens of `length` bytes [n], from the model's shares [bytes] and rests [n] and PPM's predictions.
+
+    The weights depend on what is before a byte alone. With `spread` it is the published figure, which is no
+    distribution: all bytes of a token get the same exp(-nll / bytes), mixed unless it is above SURE.
+    """
+    token = np.repeat(np.arange(len(length)), length)
+    p, rest = np.abs(share).astype(np.float64), rest.astype(np.float64)
+    sure = share < 0
+    if spread:
+        p = np.exp(-((rest - np.bincount(token, np.log(p), len(length))) / np.maximum(length, 1))[token])
+        rest, sure = np.where(length > 0, 0, rest), p > SURE
+    weight = np.where(ppm < 0, *PPM_WEIGHTS)
+    mixed = np.where(sure, p, weight * p + (1 - weight) * np.abs(ppm))
+    return rest - np.bincount(token, np.log(mixed), len(length))
+
+
+class ByteShares:
+    """A scoring function that keeps what the byte mixture needs of the model: each byte's share, each target's rest."""
+
+    def __init__(self, rt: Runtime, val: ValidationData, trie: ByteTrie, model: GPT):
+        """Nothing is scored yet; `rows` [N] are the targets' in the trie, on the CPU."""
+        self.rt, self.val, self.trie, self.model = rt, val, trie, model
+        self.rows = trie.rows(val.tokens[:-1], val.tokens[1:]).cpu().numpy().astype(np.int32)
+        self.length = trie.length[self.rows]
+        self.first_byte = torch.from_numpy(np.cumsum([0, *self.length])).to(rt.device)
+        self.share = torch.zeros(int(self.length.sum()), device=rt.device)
+        self.rest = torch.zeros(val.targets, dtype=torch.float64, device=rt.device)
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """GPT.nll; `keep` then learns where the targets stand."""
+        logits = self.model.logits(ids, targets.size(1)).flatten(0, 1)
+        self.seen_rows = self.trie.rows(ids[:, -targets.size(1):], targets).flatten()
+        parts = [self.trie.shares(*part) for part in zip(logits.split(1024), self.seen_rows.split(1024))]
+        self.seen = [torch.cat(part) for part in zip(*parts)]
+        return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+
+    def keep(self, positions: Tensor):
+        """Enter the shares of the targets scored last at their positions [B, S]; beyond the split is padding."""
+        positions, (share, rest) = positions.flatten(), self.seen
+        length = torch.from_numpy(self.trie.length).to(positions)[self.seen_rows]
+        ends, inside = length.cumsum(0), positions < self.val.targets
+        self.rest[positions[inside]] = rest[inside]
+        token = torch.arange(len(positions), device=length.device).repeat_interleave(length)
+        byte = self.first_byte[positions.clamp(max=self.val.targets)] - (ends - length)
+        at = (byte[token] + torch.arange(len(token), device=length.device))[inside[token]]
+        self.share[at] = share[inside[token]]
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """Join the ranks' shares [bytes] and rests [N]."""
+        self.rt.all_reduce(self.share)
+        self.rt.all_reduce(self.rest)
+        return self.share.cpu().numpy(), self.rest.cpu().numpy()
+
+
+def last_stage(config: Config) -> str:
+    """The stage whose scores are mixed: the last that is scored from the artifact."""
+    return "ttt" if config.ttt_enabled else "sliding" if config.sliding_window_enabled else "quantized"
+
+
+def predict_split(config: Config, rt: Runtime, mixture: ByteShares) -> np.ndarray:
+    """PPM's predictions of the whole split, [bytes]: work for a thread of its own, beside the model's evaluation."""
+    ppm, rows, found = PPM(mixture.trie), mixture.rows, []
+    progress = Progress(rt, "PPM", len(rows))
+    for begin in range(0, len(rows), 1 << 20):
+        found.append(ppm.predict(rows[begin:begin + (1 << 20)], config.ppm_mode == "spread"))
+        progress.at(min(begin + (1 << 20), len(rows)))
+    return np.concatenate(found)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Submission: the packed script, the checks, the record, and what is made from records
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2465,7 +2793,7 @@ class Record:
     STAGES = ("prequant", "prequant_ttt", "quantized", "sliding", "ttt")
     MEASURED = ("steps", "train_seconds", "calibration_seconds", "quantize_seconds", "artifact_seconds", "step_ms",
                 "tokens_per_second", "peak_memory_mib", "train_sha256", "val_tokens", "val_bytes", "val_sha256",
-                "tokenizer_sha256", *STAGES, "artifact_bytes", "code_bytes", "total_bytes", "artifact_sha256",
+                "tokenizer_sha256", *STAGES, "ppm", "artifact_bytes", "code_bytes", "total_bytes", "artifact_sha256",
                 "code_sha256", "eval_seconds", "stopped", "compliant")
 
     def __enter__(self) -> Record:
@@ -2518,6 +2846,22 @@ class Record:
             self.check(f"score_before_update_{name}", not scores.early,
                        f"{scores.released} targets trained on, {int(scores.early)} of them without a final score")
         self.set(**{name: result})
+
+
+def score_mixture(record: Record, config: Config, mixture: ByteShares, shares: tuple[np.ndarray, np.ndarray],
+                  predicted: np.ndarray, neural: Scores, begin: float):
+    """Log and enter the score of the byte mixture, beside the neural one that it was made from."""
+    (share, rest), spread, val = shares, config.ppm_mode == "spread", neural.val
+    # Where the model is taken to be sure of every byte, its own score must come out again.
+    alone = float(mix_bytes(mixture.length, -np.abs(share), rest, predicted, False).sum())
+    total = float(mix_bytes(mixture.length, share, rest, predicted, spread).sum())
+    same = math.isclose(alone, neural.nll.sum(), rel_tol=1e-4) and len(predicted) == val.bytes
+    record.check("ppm_normalized", same and not spread, f"PPM_MODE={config.ppm_mode}; without PPM {len(predicted)} "
+                 f"bytes take {alone:.1f} nats, the neural score is {float(neural.nll.sum()):.1f}")
+    result = {"val_loss": total / val.targets, "val_bpb": val.bits_per_byte(total),
+              "seconds": record.rt.clock() - begin}
+    record.rt.log(f"quantized_ppm {score_line(result)}")
+    record.set(ppm=result)
 
 
 def score_line(result: Mapping[str, float]) -> str:
@@ -2663,6 +3007,8 @@ def final_checks(record: Record, config: Config, val: ValidationData):
                   + " single_pass_ttt score_before_update_ttt normalized_ttt" * config.ttt_enabled).split()
         if config.prequant_ttt_enabled:
             wanted += ["no_early_training", "single_pass_prequant_ttt"]
+        if config.ppm_enabled:
+            wanted.append("ppm_normalized")
         missing = sorted({*wanted} - {check["name"] for check in data["checks"]})
         record.check("complete", not missing, f"missing checks: {missing}")
         record.set(compliant=all(check["ok"] for check in data["checks"]))
@@ -2680,8 +3026,8 @@ def pack_source(source: bytes, config: Config) -> bytes:
 
 # Settings that decide what code a run needs: the packed script is made for the run's values of them.
 PACKED_FOR = ("preset", "corpus", "quantizer", "compressor", "parallel_residual", "smear_gate_enabled", "ve_layers",
-              "lr_schedule", "swa_every", "late_qat_threshold", "prequant_ttt_enabled", "embed_gptq_enabled",
-              "selective_pruning_enabled")
+              "lr_schedule", "swa_every", "late_qat_threshold", "prequant_ttt_enabled",
+              "selective_pruning_enabled", "ppm_enabled")
 FINEWEB_VAL_BYTES = 151_080_891  # 50,000 documents
 PUBLIC_NAMES = {"Config", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact", "SOURCE",
                 "main", "__file__", "__name__"}
@@ -2709,7 +3055,9 @@ class SourceStripper(ast.NodeTransformer):
             parts = getattr(node.args[place], "values", ())
             values = [part.value for part in parts if isinstance(part, ast.FormattedValue)
                       and getattr(getattr(part.value, "func", part.value), "id", "") not in self.EXPLANATIONS]
-            node.args[place] = ast.Tuple([ast.Constant(node.lineno), *values], ast.Load())
+            line = [] if place else [ast.Constant(node.lineno)]  # a check has its name
+            alone = len(node.args) == 1 and getattr(node.func, "id", "").endswith("Error")
+            node.args[place:place + 1] = [*line, *values] if alone else [ast.Tuple([*line, *values], ast.Load())]
         return self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
@@ -2757,6 +3105,11 @@ class SourceStripper(ast.NodeTransformer):
         if values and operator in (ast.Eq, ast.NotEq) and (value not in values or len(values) == 1):
             return ast.Constant((value in values) == (operator is ast.Eq))
         return node
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
+        """Decide `not` of a setting that the script is packed for."""
+        self.generic_visit(node)
+        return ast.Constant(not node.operand.value) if getattr(node.operand, "kind", "") == "setting" else node
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
         """Decide `and` and `or` as far as their parts are decided."""
@@ -3214,8 +3567,10 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
 
 
 def check_folders(config: Config, rt: Runtime):
-    """Raise UsageError unless what the run will write can be written."""
+    """Raise UsageError unless what the run will write can be written, and what it compiles compiled."""
     with rt.agree():
+        if config.ppm_enabled and rt.main:
+            ppm_library()
         for name, megabytes in (("OUT_DIR", 500), ("LOG_DIR", 1)) if rt.main else ():
             folder = Path(getattr(config, name.lower())).absolute()
             there = next(path for path in (folder, *folder.parents) if path.exists())
@@ -3339,16 +3694,25 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
 
     walks = [("quantized", "quantized", config.eval_seq_len)]
     walks += [("sliding", "quantized_sliding_window", config.eval_stride)] * config.sliding_window_enabled
+    if config.ppm_enabled:  # PPM itself knows the text alone, and has a thread of its own
+        begin, mixture = rt.clock(), ByteShares(rt, val, ByteTrie(load_tokenizer(config), rt.device), model)
+        predicted = ThreadPoolExecutor(1).submit(predict_split, config, rt, mixture) if rt.main else None
     for stage, label, stride in walks:
-        scores = evaluate(config, rt, nll_fn, val, stride, stage)
+        scores = evaluate(config, rt, mixture if config.ppm_enabled and stage == last_stage(config) else nll_fn, val,
+                          stride, stage)
         record.stage(stage, label, scores)
         chosen = windows(config, val.targets, stride)
         check_entered(record, scores, stage, [look(scores, chosen) for _ in rt.share(32)], most)
     if config.ttt_enabled:
         deviations: list[float] = []
-        scores = evaluate_ttt(config, rt, model, loss_fn, nll_fn, val, lambda *seen: deviations.append(look(*seen)))
+        scores = evaluate_ttt(config, rt, model, loss_fn, mixture if config.ppm_enabled else nll_fn, val,
+                              lambda *seen: deviations.append(look(*seen)))
         record.stage("ttt", "quantized_ttt", scores)
         check_entered(record, scores, "ttt", deviations, most)
+    if config.ppm_enabled:
+        shares = mixture.finish()
+        if rt.main:
+            score_mixture(record, config, mixture, shares, predicted.result(), scores, begin)
     record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())
     final_checks(record, config, val)
     record.seal()

@@ -542,6 +542,42 @@ def test_every_preset_runs_and_is_compliant(preset, corpus, tmp_path, rt):
     assert again["preset"] == preset
 
 
+@pytest.mark.parametrize("values, stage", [
+    ({}, "ttt"), pytest.param({"TTT_ENABLED": 0}, "sliding", marks=pytest.mark.slow),
+    pytest.param({"TTT_ENABLED": 0, "SLIDING_WINDOW_ENABLED": 0}, "quantized", marks=pytest.mark.slow),
+    ({"PPM_MODE": "spread"}, "ttt")])
+def test_a_byte_mixture_stands_beside_the_neural_score(values, stage, corpus, tmp_path, rt):
+    """In its own field; the neural score is what it is without. The published form (#1835) is no distribution."""
+    record = tiny_run(tmp_path / "with", corpus[0], rt, PPM_ENABLED=1, **values)
+    alone = tiny_run(tmp_path / "without", corpus[0], rt, **{k: v for k, v in values.items() if k != "PPM_MODE"})
+    for name in ("prequant", "quantized", "sliding", "ttt"):
+        if alone[name]:
+            assert record[name]["val_loss"] == pytest.approx(alone[name]["val_loss"], abs=1e-9)
+    assert alone["ppm"] is None and record["ppm"]["val_bpb"] < record[stage]["val_bpb"], "a poor model gains from PPM"
+    assert failed(record) == ({"ppm_normalized"} if values.get("PPM_MODE") else set())
+    assert record["compliant"] == ("PPM_MODE" not in values)
+    assert train_gpt.final_score(record) == record[stage]
+    # The mixture by hand, from the artifact's own logits in the last windows' order.
+    if stage == "quantized":
+        config = tiny_run_config(tmp_path / "with", corpus[0], PPM_ENABLED=1, **values)
+        sp = train_gpt.load_tokenizer(config)
+        val, trie = train_gpt.ValidationData(config, rt, sp), train_gpt.ByteTrie(sp)
+        artifact = (tmp_path / "with" / "out" / "final_model.ptz").read_bytes()
+        model = train_gpt.model_from_artifact(config, rt, train_gpt.unpack_artifact(artifact)[0])
+        rows, shares, rests = trie.rows(val.tokens[:-1], val.tokens[1:]), [], []
+        for p in range(val.targets):
+            start = p // LENGTH * LENGTH
+            with torch.no_grad():
+                logits = model.logits(val.tokens[None, start:p + 1].long(), 1)[0]
+            share, rest = trie.shares(logits, rows[p:p + 1])
+            shares.append(share)
+            rests.append(rest)
+        rows = rows.numpy().astype(np.int32)
+        nll = train_gpt.mix_bytes(trie.length[rows], torch.cat(shares).numpy(), torch.cat(rests).numpy(),
+                                  train_gpt.PPM(trie, 16).predict(rows), False)
+        assert record["ppm"]["val_bpb"] == pytest.approx(nll.sum() / math.log(2) / val.bytes, abs=1e-5)
+
+
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_fine_tuning_on_what_is_scored_later_is_marked_everywhere(data, corpus, tmp_path, rt):
     """PR #1517's own score came from it: log, record and submission say so; on training tokens it is as good as any."""
