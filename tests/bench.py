@@ -1,4 +1,4 @@
-"""Figures, not tests: python tests/bench.py speed|quantization [--data DIR] [--weights FILE] [--json FILE]
+"""Figures, not tests: python tests/bench.py speed|quantization|presets [--data DIR] [--weights FILE] [--json FILE]
 
 `speed` times training steps of the small model of the README's 200-step run, without and with loops, in this script's
 form and written plainly (one product per matrix, F.rms_norm, whole logits, micro-batches of 2048 tokens, as the
@@ -9,11 +9,16 @@ steps are trained first) by several methods into as many bytes as PR #1541's tak
 distortion tr(E H E^T) over all matrices, in dB against PR #1541's; the same weighted by sensitivity; dB above Shannon's
 bound (reverse water-filling over the Hessians' eigenvalues and the rows' variances, at the method's own weights and
 bits); bits per byte before and after.
+
+`presets` runs the four published systems end to end, scaled down alike to the README's 200-step run (--steps: another
+number), on --data's SP8192 and SP4096 shards, each in a process of its own: some half an hour each on 2 CPU cores.
 """
 import argparse
 import json
 import math
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -257,19 +262,42 @@ def quantization(data_dir: str, weights: Path | None) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in ("distortion", "cost")} for row in rows]
 
 
+def presets(data_dir: str, steps: int) -> list[dict]:
+    """One row for each published system, from the records of runs of the script itself; PPM's score beside."""
+    rows = []
+    for preset in ("pr1541", "pr1858", "pr1395", "pr1517"):
+        own = Config.from_env({"PRESET": preset})
+        env = {**SMALL, **RUN_200, "PRESET": preset, "MUON_MOMENTUM": str(own.muon_momentum), "DATA_DIR": data_dir,
+               "ITERATIONS": str(steps), "WARMUP_STEPS": "0", "PPM_ENABLED": "1", "VE_DIM": "32",
+               "RECUR_START_STEP": str(steps * 3 // 5 if own.recur_start_step else 0), "RUN_ID": preset}
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in GPT(Config.from_env(env)).parameters())
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, train_gpt.__file__], check=True, stdout=sys.stderr,
+                           env={**os.environ, **env, "OUT_DIR": f"{folder}/out", "LOG_DIR": folder})
+            record = json.loads(Path(folder, f"{preset}.json").read_text())
+        scores = {f"{stage}_bpb": record[stage] and round(record[stage]["val_bpb"], 4)
+                  for stage in ("prequant", "quantized", "sliding", "ttt", "ppm")}
+        rows.append({"preset": preset, "parameters": parameters, "tokens_per_second": record["tokens_per_second"],
+                     **scores, "total_bytes": record["total_bytes"]})
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["speed", "quantization"])
+    parser.add_argument("what", choices=["speed", "quantization", "presets"])
     parser.add_argument("--data", help="DATA_DIR with SP8192 shards; without it, random tokens")
     parser.add_argument("--weights", type=Path, help="quantization: final_model.pt of the 200-step run")
+    parser.add_argument("--steps", type=int, default=200, help="presets: optimizer steps")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.data:
             tokens = torch.randint(3, 8192, (100_000,)).numpy()
             train_gpt.write_shard(Path(folder) / "datasets/fineweb10B_sp8192/fineweb_train_000000.bin", tokens)
-        rows = (speed(arguments.data or folder) if arguments.what == "speed" else
-                quantization(arguments.data, arguments.weights))
+        data = arguments.data or folder
+        rows = {"speed": lambda: speed(data), "quantization": lambda: quantization(data, arguments.weights),
+                "presets": lambda: presets(data, arguments.steps)}[arguments.what]()
     print(" | ".join(rows[0]))
     for row in rows:
         print(" | ".join(map(str, row.values())))
