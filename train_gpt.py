@@ -232,9 +232,10 @@ class Config:
         problems, given, base = [], {}, {}
         if ALIASES:
             env, problems = meant_by_preset(env)
-        problems += [] if PACKED else misspelt(env, list(fields))
-        problems += [UsageError(f"the artifact was made with {name}, which is no setting of its own in this script")
-                     for name in stored or () if name not in STORED_SETTINGS]
+        if not PACKED:  # which does without settings that nothing in it reads
+            problems += misspelt(env, list(fields))
+            problems += [UsageError(f"the artifact was made with {name}, which is no setting of its own in this script")
+                         for name in stored or () if name not in STORED_SETTINGS]
         for values, text_of in ((given, env), (base, {name.upper(): value for name, value in (stored or {}).items()})):
             for name in fields.keys() & text_of.keys():
                 try:
@@ -3107,9 +3108,11 @@ class SourceStripper(ast.NodeTransformer):
         return node
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
-        """Decide `not` of a setting that the script is packed for."""
+        """Decide `not` of what is decided."""
         self.generic_visit(node)
-        return ast.Constant(not node.operand.value) if getattr(node.operand, "kind", "") == "setting" else node
+        value = getattr(node.operand, "value", None)
+        decided = isinstance(value, bool) or getattr(node.operand, "kind", "") == "setting"
+        return ast.Constant(not value) if decided and isinstance(node.op, ast.Not) else node
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
         """Decide `and` and `or` as far as their parts are decided."""

@@ -142,6 +142,9 @@ def test_packed_script_computes_the_same(tmp_path):
     theirs = packed.GPT(other)
     ids = torch.arange(64).view(2, 32)
     assert torch.equal(ours(ids, ids), theirs(ids, ids))
+    stored = {"preset": "pr1541", "seed": 7, "matrix_clip_sigmas": 9.0, "matrix_lr": 0.01}
+    assert not hasattr(packed.Config, "matrix_clip_sigmas"), "QUANTIZER=trellis does not read it"
+    assert packed.Config.from_env({}, stored).matrix_lr == train_gpt.Config.from_env({}, stored).matrix_lr == 0.01
     tensors = {"a": torch.arange(10, dtype=torch.int8)}
     assert packed.pack_artifact(tensors, {"x": 1}) == train_gpt.pack_artifact(tensors, {"x": 1})
     assert ".project(" in inspect.getsource(packed.GPT.mlp), "its source is registered: Triton, for one, asks for it"
