@@ -255,8 +255,7 @@ class Config:
 
     def check(self):
         """Raise UsageError that names every pair of settings that does not fit together."""
-        broken = [rule if PACKED else rule_with_values(rule, vars(self)) for rule in CONSTRAINTS
-                  if not eval(rule, dict(vars(self)))]
+        broken = [rule_with_values(rule, vars(self)) for rule in CONSTRAINTS if not eval(rule, dict(vars(self)))]
         if broken:
             raise UsageError("\n  ".join(["each of these must hold:", *broken]))
 
