@@ -407,7 +407,7 @@ SMALL_PRESETS = {"pr1858": {"PRESET": "pr1858"}, "pr1517": {"PRESET": "pr1517", 
 @pytest.mark.parametrize("preset, check, mode, plant", thinned(
     [(preset, check, mode, plant) for preset in SMALL_PRESETS for check, mode, plant in CASES
      if plant in (None, "leaked_token", "discounted", "doubled_window")],
-    lambda case: case[2] == "sliding" and case[3] is None and case[1] != "ordered"), ids=lambda x: x or "as it is")
+    lambda case: case[1:] == ("causal", "sliding", None)), ids=lambda x: x or "as it is")
 def test_conditions_in_every_preset(preset, check, mode, plant, rt):
     honest = small_config
     with patched(sys.modules[__name__], "small_config", lambda **values: honest(**{**SMALL_PRESETS[preset], **values})):
@@ -506,10 +506,9 @@ def token_counts_of_validation():
 
 
 @pytest.mark.parametrize("plant, stage, in_artifact", [
-    (None, None, False), (calibration_on_validation, "make_artifact", True), *(pytest.param(
-        *case, marks=pytest.mark.slow) for case in (
-            (warm_up_on_validation, "warm_up", False), (token_counts_of_validation, "run_training", True),
-            (fine_tuning_on_validation, "train", True)))])
+    (None, None, False), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (calibration_on_validation, "make_artifact", True), (warm_up_on_validation, "warm_up", False),
+        (token_counts_of_validation, "run_training", True), (fine_tuning_on_validation, "train", True)))])
 def test_training_never_looks_at_validation_tokens(plant, stage, in_artifact, corpus, tmp_path, rt):
     """Nobody reads them but to score and to check; with other validation shards the same weights come out."""
     results = []
@@ -545,7 +544,7 @@ def test_every_preset_runs_and_is_compliant(preset, corpus, tmp_path, rt):
 @pytest.mark.parametrize("values, stage", [
     ({}, "ttt"), pytest.param({"TTT_ENABLED": 0}, "sliding", marks=pytest.mark.slow),
     pytest.param({"TTT_ENABLED": 0, "SLIDING_WINDOW_ENABLED": 0}, "quantized", marks=pytest.mark.slow),
-    ({"PPM_MODE": "spread"}, "ttt")])
+    pytest.param({"PPM_MODE": "spread"}, "ttt", marks=pytest.mark.slow)])
 def test_a_byte_mixture_stands_beside_the_neural_score(values, stage, corpus, tmp_path, rt):
     """In its own field; the neural score is what it is without. The published form (#1835) is no distribution."""
     record = tiny_run(tmp_path / "with", corpus[0], rt, PPM_ENABLED=1, **values)
@@ -578,7 +577,7 @@ def test_a_byte_mixture_stands_beside_the_neural_score(values, stage, corpus, tm
         assert record["ppm"]["val_bpb"] == pytest.approx(nll.sum() / math.log(2) / val.bytes, abs=1e-5)
 
 
-@pytest.mark.parametrize("data", ["val", "train"])
+@pytest.mark.parametrize("data", ["val", pytest.param("train", marks=pytest.mark.slow)])
 def test_fine_tuning_on_what_is_scored_later_is_marked_everywhere(data, corpus, tmp_path, rt):
     """PR #1517's own score came from it: log, record and submission say so; on training tokens it is as good as any."""
     folders, records = [tmp_path / str(i) for i in range(2)], []
