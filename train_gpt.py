@@ -327,7 +327,7 @@ PRESETS = {
         "data_dir": "./out/smoke_data", "corpus": "embedded", "vocab_size": 1024, "num_layers": 8, "model_dim": 96,
         "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8, "loop_start": 2, "loop_end": 3, "num_loops": 2,
         "parallel_residual_start": 5, "train_seq_len": 128, "eval_seq_len": 128, "rope_train_seq_len": 128,
-        "train_batch_tokens": 4096, "iterations": 100, "max_wallclock_seconds": 0.0, "warmup_steps": 1,
+        "train_batch_tokens": 4096, "iterations": 72, "max_wallclock_seconds": 0.0, "warmup_steps": 1,
         "val_loss_every": 0, "train_log_every": 25, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 40,
         "ema_decay": 0.93, "gptq_calibration_batches": 4, "target_bytes": 430_000, "eval_stride": 32,
         "ttt_enabled": True, "ttt_chunk_tokens": 2048,
