@@ -2833,7 +2833,7 @@ class Record:
 
     def check(self, name: str, ok: bool, detail: str):
         """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
-        self.data["checks"].append({"name": name, "ok": bool(ok), "detail": detail})
+        self.data["checks"].append({"name": name, "ok": bool(ok), "detail": str(detail)})
         self.rt.log(f"check {name}: {'ok' if ok else 'FAILED'} ({detail})")
 
     def stage(self, name: str, label: str, scores: Scores):

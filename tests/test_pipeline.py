@@ -135,6 +135,24 @@ def test_packed_script_scores_the_artifact_alone(runs, scored_alone):
     assert again["compliant"] is None and all(check["ok"] for check in again["checks"])
 
 
+@ahead
+def trained_packed(folder):
+    """The run of `runs` once more, by its packed script."""
+    source = BEGUN["runs"].result()[0].folder / "out"
+    shutil.copy(source / "train_gpt.py", folder)
+    shutil.copytree(source / "smoke_data", folder / "out" / "smoke_data")
+    return torchrun(1, "train_gpt.py", cwd=folder, env=SMALL), folder
+
+
+def test_packed_script_trains_the_same_artifact(runs, trained_packed):
+    done, folder = trained_packed
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((folder / "logs" / "run.json").read_text())
+    for key in ("artifact_sha256", "code_sha256", "compliant"):
+        assert record[key] == runs[0].record[key]
+    assert record["ttt"]["val_loss"] == runs[0].record["ttt"]["val_loss"]
+
+
 @pytest.mark.slow
 def test_two_nodes_train_as_one(runs, tmp_path):
     """Two torchrun agents that meet by rendezvous, each with a folder of its own and one rank: the same lines."""
