@@ -13,11 +13,11 @@ The file is read from top to bottom, as the data goes through it; each room uses
      2  Runtime       ranks, device, collectives, log, progress
      3  Data          byte tables, shards, training order, validation split, embedded corpus
      4  Model         virtual layers, rotary attention, lanes, skips, softcapped loss
-     5  Optimizer     Newton-Schulz, banked Muon, AdamW, schedules, EMA
-     6  Training      warm-up and the loop
+     5  Optimizer     Newton-Schulz, banked Muon, AdamW, schedules, EMA and SWA
+     6  Training      warm-up, the loop, fine-tuning before quantization
      7  Quantization  Hessians, sensitivities, GPTQ with trellis-coded columns or with row scales
      8  Artifact      the container, the entropy coder, the fit to the cap
-     9  Evaluation    one scoring function; plain, sliding and test-time-training walks over it
+     9  Evaluation    one scoring function; plain, sliding and test-time-training walks over it; the byte mixture
     10  Submission    packed script, checks, record, collect
     11  main          the pipeline
 """
@@ -671,6 +671,16 @@ def is_boundary(sp: spm.SentencePieceProcessor, token: int) -> bool:
     return sp.is_control(token) or sp.is_unknown(token) or sp.is_unused(token)
 
 
+def token_bytes(sp: spm.SentencePieceProcessor, token: int, after_boundary: bool) -> bytes:
+    """The bytes of text that a token stands for: without a leading space after a boundary token."""
+    piece = sp.id_to_piece(token)
+    if is_boundary(sp, token):
+        return b""
+    if sp.is_byte(token):
+        return bytes([int(piece[3:-1], 16)])  # <0x41>
+    return piece.removeprefix("\u2581" if after_boundary else "").replace("\u2581", " ").encode("utf-8")
+
+
 def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tabulate how many bytes of text each token stands for.
 
@@ -682,18 +692,10 @@ def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[Te
         raise UsageError(f"the tokenizer has {sp.vocab_size()} pieces, but VOCAB_SIZE={vocab_size}")
     if sp.is_unknown(sp.piece_to_id("\u2581")):
         raise UsageError("the tokenizer has no piece U+2581 (a lone space), so it would spend 3 bytes on one space")
-    base_bytes = torch.zeros(vocab_size, dtype=torch.int64)
-    has_leading_space = torch.zeros(vocab_size, dtype=torch.bool)
+    base_bytes, whole = (torch.tensor([len(token_bytes(sp, token, after_boundary)) for token in range(vocab_size)])
+                         for after_boundary in (True, False))
     boundary = torch.tensor([is_boundary(sp, token) for token in range(vocab_size)])
-    for token in np.flatnonzero(~boundary.numpy()).tolist():
-        if sp.is_byte(token):
-            base_bytes[token] = 1
-        else:
-            piece = sp.id_to_piece(token)
-            has_leading_space[token] = piece.startswith("\u2581")
-            # An inner U+2581 decodes to a space of one byte, the mark itself would count three.
-            base_bytes[token] = len(piece.removeprefix("\u2581").replace("\u2581", " ").encode("utf-8"))
-    return base_bytes, has_leading_space, boundary
+    return base_bytes, whole > base_bytes, boundary
 
 
 def shard_files(config: Config, split: str) -> list[Path]:
@@ -827,7 +829,7 @@ class ValidationData:
         shards = [open_shard(path) for path in files]
         for path, shard in zip(files, shards):
             check_tokens(path, shard, config.vocab_size)
-        tokens = np.concatenate(shards)
+        tokens, self.tokenizer = np.concatenate(shards), sp
         self.sha256, self.tokenizer_sha256 = sha256(tokens.tobytes()), sha256(sp.serialized_model_proto())
         tokens = tokens.astype(np.int32)
         targets, window = len(tokens) - 1, config.eval_seq_len
@@ -1413,7 +1415,7 @@ class WeightAverage:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 6. Training: the loop, and nothing else
+# 6. Training: warm-up, the loop, fine-tuning before quantization
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -2323,7 +2325,7 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 9. Evaluation: one scoring function; plain, sliding and test-time-training walks over it
+# 9. Evaluation: one scoring function; plain, sliding and test-time-training walks over it; the byte mixture with PPM-D
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -2464,16 +2466,6 @@ SURE = math.exp(-0.277)  # where the model gives its likeliest next byte more, i
 PPM_CONFIDENT = 0.9  # where PPM gives one byte so much, the model weighs PPM_WEIGHTS[0], elsewhere the other
 PPM_WEIGHTS = (0.05, 0.9)
 MASS_FLOOR = 1e-14  # joins every probability: above the rounding of a cumulative sum, so that no mass is lost in it
-
-
-def token_bytes(sp: spm.SentencePieceProcessor, token: int, after_boundary: bool) -> bytes:
-    """The bytes of text that a token stands for: as many as build_byte_luts counts."""
-    piece = sp.id_to_piece(token)
-    if is_boundary(sp, token):
-        return b""
-    if sp.is_byte(token):
-        return bytes([int(piece[3:-1], 16)])  # <0x41>
-    return piece.removeprefix("\u2581" if after_boundary else "").replace("\u2581", " ").encode("utf-8")
 
 
 class ByteTrie:
@@ -3026,8 +3018,8 @@ def pack_source(source: bytes, config: Config) -> bytes:
 
 # Settings that decide what code a run needs: the packed script is made for the run's values of them.
 PACKED_FOR = ("preset", "corpus", "quantizer", "compressor", "parallel_residual", "smear_gate_enabled", "ve_layers",
-              "lr_schedule", "swa_every", "late_qat_threshold", "prequant_ttt_enabled",
-              "selective_pruning_enabled", "ppm_enabled")
+              "lr_schedule", "swa_every", "late_qat_threshold", "prequant_ttt_enabled", "selective_pruning_enabled",
+              "ppm_enabled")
 FINEWEB_VAL_BYTES = 151_080_891  # 50,000 documents
 PUBLIC_NAMES = {"Config", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact", "SOURCE",
                 "main", "__file__", "__name__"}
@@ -3697,7 +3689,7 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     walks = [("quantized", "quantized", config.eval_seq_len)]
     walks += [("sliding", "quantized_sliding_window", config.eval_stride)] * config.sliding_window_enabled
     if config.ppm_enabled:  # PPM itself knows the text alone, and has a thread of its own
-        begin, mixture = rt.clock(), ByteShares(rt, val, ByteTrie(load_tokenizer(config), rt.device), model)
+        begin, mixture = rt.clock(), ByteShares(rt, val, ByteTrie(val.tokenizer, rt.device), model)
         predicted = ThreadPoolExecutor(1).submit(predict_split, config, rt, mixture) if rt.main else None
     for stage, label, stride in walks:
         scores = evaluate(config, rt, mixture if config.ppm_enabled and stage == last_stage(config) else nll_fn, val,
