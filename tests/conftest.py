@@ -1,9 +1,10 @@
 """What the tests share: a tiny configuration, one rank's runtime, small shards and a way to run several ranks."""
+import contextlib
+import json
 import os
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,32 +69,98 @@ def fake_validation(tokens, config) -> train_gpt.ValidationData:
     return val
 
 
-WORKS: dict = {}  # of the fixtures made by `ahead`, in the order of their modules
-BEGUN: dict[str, Future] = {}
-OTHER_CORE, FOLDERS = ThreadPoolExecutor(1), tempfile.TemporaryDirectory(prefix="train_gpt_tests_")
+# --- one process of tests for each core -------------------------------------------------------------------------------
 
 
-def ahead(work):
-    """Make a fixture of work(folder), which only waits for other processes: it begins with the session.
-
-    Tests use one core, such processes the other, and the results are there when the tests come to them.
-    """
-    WORKS[work.__name__] = work
-    return pytest.fixture(scope="session", name=work.__name__)(lambda: BEGUN[work.__name__].result())
-
-
-def pytest_collection_finish(session):
-    wanted = {name for item in session.items for name in item.fixturenames}
-    for name, work in WORKS.items():
-        if name in wanted and not session.config.option.collectonly:
-            folder = Path(FOLDERS.name, name)
-            folder.mkdir()
-            BEGUN[name] = OTHER_CORE.submit(work, folder)
+def groups_of(items: list[pytest.Item]) -> list[list[pytest.Item]]:
+    """Tests that share a fixture of their module stay together, in front; otherwise each function goes its own way."""
+    groups: dict[tuple, list[pytest.Item]] = {}
+    for item in items:
+        made = [name for name, found in item._fixtureinfo.name2fixturedefs.items()
+                if found[-1].scope in ("module", "session") and found[-1].baseid == item.nodeid.partition("::")[0]]
+        groups.setdefault((not made, item.path, "" if made else item.originalname), []).append(item)
+    return [group for (alone, *_), group in sorted(groups.items(), key=lambda pair: pair[0][0])]
 
 
-def pytest_unconfigure():
-    OTHER_CORE.shutdown(cancel_futures=True)
-    FOLDERS.cleanup()
+class Reporter:
+    """Writes a helper's reports to a file, a line each, from which the first process takes them."""
+
+    def __init__(self, config: pytest.Config, file):
+        self.config, self.file = config, file
+
+    def pytest_runtest_logreport(self, report):
+        told = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        os.write(self.file.fileno(), json.dumps(told).encode() + b"\n")
+
+
+def run_share(session: pytest.Session, groups: list[list[pytest.Item]], queue: int, after=lambda: None):
+    """Run groups of tests until the queue, which all processes read from, has no more numbers of them."""
+    def taken():
+        while number := os.read(queue, 2):
+            yield from groups[int.from_bytes(number, "little")]
+
+    items = taken()
+    item = next(items, None)
+    while item:
+        following = next(items, None)
+        session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        after()
+        if session.shouldfail or session.shouldstop:
+            while os.read(queue, 1 << 16):
+                pass
+            raise session.Failed(session.shouldfail or session.shouldstop)
+        item = following
+
+
+def help_out(session: pytest.Session, groups: list[list[pytest.Item]], queue: int, file):
+    """What a helper does, a fork of the first process: its share, silently, with a capture of output of its own."""
+    status, plugins = 1, session.config.pluginmanager
+    try:
+        capture = plugins.getplugin("capturemanager")
+        capture.stop_global_capturing()
+        capture.start_global_capturing()
+        plugins.unregister(plugins.getplugin("terminalreporter"))
+        plugins.register(Reporter(session.config, file))
+        with contextlib.suppress(session.Failed):
+            run_share(session, groups, queue)
+        status = 0
+    finally:
+        os._exit(status)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session):
+    """Run many tests in as many processes as there are cores; pytest itself shows and counts all reports."""
+    config, groups = session.config, groups_of(session.items)
+    cores = min(len(os.sched_getaffinity(0)), 4)
+    if config.option.collectonly or config.option.usepdb or len(groups) < 20 or cores == 1 or session.testsfailed:
+        return None
+    queue, numbers = os.pipe()
+    os.write(numbers, b"".join(number.to_bytes(2, "little") for number in range(len(groups))))
+    os.close(numbers)
+    with tempfile.TemporaryFile("a+b") as reports:  # all write to its end
+        helpers, read = [], 0
+        for _ in range(cores - 1):
+            helpers.append(os.fork())
+            if not helpers[-1]:
+                help_out(session, groups, queue, reports)
+
+        def show():
+            nonlocal read
+            lines, end, _ = os.pread(reports.fileno(), 1 << 26, read).rpartition(b"\n")
+            read += len(lines + end)
+            for line in lines.splitlines():
+                report = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+                config.hook.pytest_runtest_logreport(report=report)
+
+        try:
+            run_share(session, groups, queue, show)
+        finally:
+            lost = [pid for pid in helpers if os.waitpid(pid, 0)[1]]
+        show()
+    if lost:
+        raise RuntimeError("a helper of the tests has died before its share was done")
+    return True
 
 
 @pytest.fixture(scope="session")

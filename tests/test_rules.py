@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from conftest import ROOT, SHARED, ahead, fake_validation, torchrun
+from conftest import ROOT, SHARED, fake_validation, torchrun
 from test_evaluation import (
     CHUNK,
     LENGTH,
@@ -363,9 +363,10 @@ def test_conditions_on_one_rank(check, mode, plant, rt):
     judge(findings(check, mode, plant, rt), plant)
 
 
-@ahead
-def two_ranks(folder):
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
     """All their cases on two ranks, in one torchrun: {case: findings}."""
+    folder = tmp_path_factory.mktemp("two_ranks")
     done = torchrun(2, str(Path(__file__).resolve()), cwd=folder, env={})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return json.loads((folder / "findings.json").read_text())
