@@ -8,7 +8,8 @@ published script runs on one device), in turn, and this machine's own matrix pro
 steps are trained first) by several methods into as many bytes as PR #1541's takes, and measures what is lost:
 distortion tr(E H E^T) over all matrices, in dB against PR #1541's; the same weighted by sensitivity; dB above Shannon's
 bound (reverse water-filling over the Hessians' eigenvalues and the rows' variances, at the method's own weights and
-bits); bits per byte before and after.
+bits); bits per byte before and after. With --full: the full-size model instead, all weights Gaussian, inputs whose
+Hessians have random eigenvectors and eigenvalues that spread by 0, 2 and 4 dB (standard deviation of their logarithm).
 
 `presets` runs the four published systems end to end, scaled down alike to the README's 200-step run (--steps: another
 number), on --data's SP8192 and SP4096 shards, each in a process of its own: some half an hour each on 2 CPU cores.
@@ -139,27 +140,53 @@ def speed(data_dir: str) -> list[dict]:
 class Quantization:
     """The trained small model, its Hessians, and what several ways of quantizing it cost."""
 
-    def __init__(self, data_dir: str, weights: Path | None):
-        self.config = Config.from_env({**SMALL, **RUN_200, "DATA_DIR": data_dir})
-        self.rt = Runtime(self.config)
-        self.val = ValidationData(self.config, self.rt, train_gpt.load_tokenizer(self.config))
-        data = TrainData(self.config, self.rt)
-        torch.manual_seed(self.config.seed)
-        self.model = GPT(self.config).to_compute(self.rt)
-        if weights:
-            self.model.load_state_dict(torch.load(weights, weights_only=True))
-            self.model.looping = True
-        else:
-            train_gpt.train(self.config, self.rt, self.model, self.model, data, lambda: "")
-        data = data.in_order(1)
-        self.hessians = train_gpt.collect_hessians(self.config, self.rt, self.model, data)
-        self.sensitivities = train_gpt.collect_sensitivities(self.config, self.rt, self.model, data)
-        self.before = self.bpb(self.model)
+    def __init__(self, config: Config, model: GPT, hessians: dict, sensitivities: dict):
+        self.config, self.rt, self.model = config, Runtime(config), model
+        self.hessians, self.sensitivities, self.before = hessians, sensitivities, None
 
-    def bpb(self, model: GPT) -> float:
-        """Plain score of the split."""
+    @classmethod
+    def trained(cls, data_dir: str, weights: Path | None):
+        """The 200-step model, trained here if no weights are given."""
+        config = Config.from_env({**SMALL, **RUN_200, "DATA_DIR": data_dir})
+        rt = Runtime(config)
+        data = TrainData(config, rt)
+        torch.manual_seed(config.seed)
+        model = GPT(config).to_compute(rt)
+        if weights:
+            model.load_state_dict(torch.load(weights, weights_only=True))
+            model.looping = True
+        else:
+            train_gpt.train(config, rt, model, model, data, lambda: "")
+        data = data.in_order(1)
+        q = cls(config, model, train_gpt.collect_hessians(config, rt, model, data),
+                train_gpt.collect_sensitivities(config, rt, model, data))
+        q.val = ValidationData(config, rt, train_gpt.load_tokenizer(config))
+        q.before = q.bpb(model)
+        return q
+
+    @classmethod
+    def full_size(cls, spread_db: float):
+        """The full-size model with random weights, and random Hessians."""
+        config = Config.from_env({"DEVICE": "cpu"})
+        torch.manual_seed(config.seed)
+        model = GPT(config)
+        widths = {}
+        for name, sites in model.matrix_sites().items():
+            p = dict(model.named_parameters())[name]
+            torch.nn.init.normal_(p, std=0.02)
+            widths |= dict.fromkeys(sites, p.size(-1))
+        hessians = {}
+        for site, width in widths.items():
+            vectors = torch.linalg.qr(torch.randn(width, width))[0]
+            hessians[site] = vectors * 10 ** (spread_db * torch.randn(width) / 10) @ vectors.T
+        return cls(config, model, hessians, dict.fromkeys(hessians, 1.0))
+
+    def bpb(self, model: GPT) -> float | None:
+        """Plain score of the split, if there is one."""
+        if self.before is None and not hasattr(self, "val"):
+            return None
         scores = train_gpt.evaluate(self.config, self.rt, model.nll, self.val, self.config.eval_seq_len, "score")
-        return scores.finish()["val_bpb"]
+        return round(scores.finish()["val_bpb"], 5)
 
     def matrices(self, model: GPT):
         """(weights [out, in], site) of all that is quantized."""
@@ -204,7 +231,7 @@ class Quantization:
                 "distortion": self.distortion(model, dict.fromkeys(self.hessians, 1.0)),
                 "cost": self.distortion(model, self.weights_of("sensitivity")),
                 "db_above_bound": round(10 * math.log10(self.distortion(model, own) / self.bound(own, bits)), 2),
-                "bpb_before": round(self.before, 5), "bpb_after": round(self.bpb(model), 5),
+                "bpb_before": self.before, "bpb_after": self.bpb(model),
                 "encode_s": round(encode_s, 2), "decode_s": round(decode_s, 2), "quantize_s": round(quantize_s, 1),
                 "coder_overhead": coder_overhead(tensors)}
 
@@ -243,11 +270,22 @@ def coder_overhead(tensors: dict[str, torch.Tensor]) -> float | None:
 
 
 def quantization(data_dir: str, weights: Path | None) -> list[dict]:
-    """One row for each method, all at the bytes of the first."""
-    q = Quantization(data_dir, weights)
+    """The table of the trained small model."""
+    return table(Quantization.trained(data_dir, weights), "columns", "columns + trellis",
+                 "columns + trellis + sensitivity")
+
+
+def full_size() -> list[dict]:
+    """The table of random weights at full size, for each spread of the Hessians' eigenvalues."""
+    return [{"spread_db": spread, **row} for spread in (0, 2, 4)
+            for row in table(Quantization.full_size(spread), "columns", "columns + trellis")]
+
+
+def table(q: Quantization, *methods: str) -> list[dict]:
+    """One row for each method, all at the bytes of the first, PR #1541's."""
     rows = [q.row("sdclip + Brotli", lambda: train_gpt.pack_artifact(
         train_gpt.quantize_rows(q.config, q.rt, q.model, q.hessians), {}))]
-    for method in ("columns", "columns + trellis", "columns + trellis + sensitivity"):
+    for method in methods:
         patched = {} if "trellis" in method else {"NEXT_STATE": np.zeros((32, 2), int),
                                                   "round_columns": lambda y: 2 * (y / 2).round()}
         kept = {name: getattr(train_gpt, name) for name in patched}
@@ -288,6 +326,7 @@ def main():
     parser.add_argument("what", choices=["speed", "quantization", "presets"])
     parser.add_argument("--data", help="DATA_DIR with SP8192 shards; without it, random tokens")
     parser.add_argument("--weights", type=Path, help="quantization: final_model.pt of the 200-step run")
+    parser.add_argument("--full", action="store_true", help="quantization: random weights at full size")
     parser.add_argument("--steps", type=int, default=200, help="presets: optimizer steps")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -296,8 +335,9 @@ def main():
             tokens = torch.randint(3, 8192, (100_000,)).numpy()
             train_gpt.write_shard(Path(folder) / "datasets/fineweb10B_sp8192/fineweb_train_000000.bin", tokens)
         data = arguments.data or folder
-        rows = {"speed": lambda: speed(data), "quantization": lambda: quantization(data, arguments.weights),
-                "presets": lambda: presets(data, arguments.steps)}[arguments.what]()
+        rows = {"speed": lambda: speed(data), "presets": lambda: presets(data, arguments.steps),
+                "quantization": lambda: full_size() if arguments.full else quantization(data, arguments.weights),
+                }[arguments.what]()
     print(" | ".join(rows[0]))
     for row in rows:
         print(" | ".join(map(str, row.values())))
