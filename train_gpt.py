@@ -2546,18 +2546,24 @@ PPM_SOURCE = r"""
 enum { ORDER = 5, SYMBOLS = 11 };
 typedef uint64_t u64;
 
-/* The first 11 symbols that followed a context, in order of appearance; the next 11 are on its page 1, and so on.
-   A symbol counted c times weighs 2c - 1. The key of a free page is 0. */
+/* A context of order 0 or 1: what followed it. A symbol counted c times weighs 2c - 1. */
+typedef struct { uint32_t weight[256], sum, distinct, most; } Short;
+/* A longer one: the first 11 symbols that followed, in order of appearance; the next 11 are on its page 1, and so on.
+   The key of a free page is 0. */
 typedef struct { u64 key; uint32_t weight[SYMBOLS]; uint8_t symbol[SYMBOLS], used; } Page;
-typedef struct { Page *pages; int bits; u64 *used, *history; } Model;  /* history: the last byte is the lowest */
+/* History: the last byte is the lowest. Of the short contexts, the first is of order 0. */
+typedef struct { Short *shorts; Page *pages; int bits; u64 *used, *history; } Model;
 
 /* The key of a context's page 0; that of each further page is 2 more. */
 static u64 key_of(u64 history, int order) {
     return (history & ((1ull << 8 * order) - 1)) << 9 | order << 6 | 1;
 }
 
+/* Where a page belongs: those of a context lie side by side. */
 static Page *slot_of(const Model *m, u64 key) {
-    return m->pages + ((key ^ key >> 29) * 0x9E3779B97F4A7C15u >> (64 - m->bits));
+    u64 context = key >> 6, page = key >> 1 & 31;
+    u64 slot = ((context ^ context >> 23) * 0x9E3779B97F4A7C15u >> (64 - m->bits)) + page;
+    return m->pages + (slot & ((1ull << m->bits) - 1));
 }
 
 /* The page with that key, or the free page that would take it. */
@@ -2568,18 +2574,33 @@ static Page *find(const Model *m, u64 key) {
     return page;
 }
 
+static Short *short_of(const Model *m, int order) {
+    return m->shorts + order * (1 + (*m->history & 255));
+}
+
 /* Probability of the byte, given that the next one is in the set; confidence of the longest context seen. */
 static double predict(const Model *m, int byte, const u64 *set, double *confidence) {
-    double p = 1 / 256., p_set = 0;
+    int size = 0;
     for (int i = 0; i < 4; i++)
-        p_set += __builtin_popcountll(set[i]) / 256.;
+        size += __builtin_popcountll(set[i]);
+    if (size == 1)
+        return *confidence = 1;
+    double p = 1 / 256., p_set = size / 256.;
     *confidence = p;
     for (int order = 0; order <= ORDER; order++) {
         u64 key = key_of(*m->history, order), sum = 0, sum_set = 0, hit = 0, most = 0, distinct = 0;
-        const Page *page = find(m, key);
-        if (!page->key)
+        const Short *s = short_of(m, order < 2 ? order : 0);
+        const Page *page = order < 2 ? 0 : find(m, key);
+        if (page ? !page->key : !s->sum)
             break;
-        for (;; page = find(m, key += 2)) {
+        if (!page) {
+            sum = s->sum, hit = s->weight[byte], most = s->most, distinct = s->distinct;
+            for (int i = 0; i < 4 && size < 256; i++)
+                for (u64 left = set[i]; left; left &= left - 1)
+                    sum_set += s->weight[64 * i + __builtin_ctzll(left)];
+            sum_set = size < 256 ? sum_set : sum;
+        }
+        for (; page; page = find(m, key += 2)) {
             for (int i = 0; i < page->used; i++) {
                 u64 weight = page->weight[i], symbol = page->symbol[i];
                 sum += weight;
@@ -2601,7 +2622,8 @@ static double predict(const Model *m, int byte, const u64 *set, double *confiden
 
 /* Count the byte in its contexts, from the longest to the first that knows it. */
 static void update(Model *m, int byte) {
-    for (int order = ORDER, known = 0; order >= 0 && !known; order--) {
+    int order = ORDER, known = 0;
+    for (; order > 1 && !known; order--) {
         u64 key = key_of(*m->history, order);
         Page *page = find(m, key);
         int i = 0;
@@ -2617,18 +2639,26 @@ static void update(Model *m, int byte) {
         page->weight[i] += known ? 2 : 1;
         page->used += !known;
     }
+    for (; order >= 0 && !known; order--) {
+        Short *s = short_of(m, order);
+        uint32_t *weight = s->weight + byte, more = *weight ? 2 : 1;
+        known = *weight > 0;
+        s->distinct += !known, s->sum += more, *weight += more;
+        s->most = *weight > s->most ? *weight : s->most;
+    }
     *m->history = *m->history << 8 | byte;
 }
 
 /* Predict each byte of the tokens among its siblings, then count it; negative: where the model is confident. */
-void predict_text(Page *pages, int bits, u64 *used, u64 *history, double confident, int64_t tokens, const int32_t *rows,
-                  const int32_t *paths, int longest, const uint8_t *bytes, const u64 *siblings, float *found) {
-    Model m = { pages, bits, used, history };
+void predict_text(Short *shorts, Page *pages, int bits, u64 *used, u64 *history, double confident, int64_t tokens,
+                  const int32_t *rows, const int32_t *paths, int longest, const uint8_t *bytes, const u64 *siblings,
+                  float *found) {
+    Model m = { shorts, pages, bits, used, history };
     for (int64_t t = 0; t < tokens; t++) {
         const int32_t *path = paths + (int64_t)rows[t] * longest;
         for (int i = 0; i < longest && path[i]; i++) {
             int byte = bytes[path[i]];
-            for (int order = 1; order <= ORDER; order++)  /* what the next byte needs: time to come from memory */
+            for (int order = 2; order <= ORDER; order++)  /* what the next byte needs: time to come from memory */
                 __builtin_prefetch(slot_of(&m, key_of(*history << 8 | byte, order)));
             double confidence, p = predict(&m, byte, siblings + 4 * path[i], &confidence);
             *found++ = confidence >= confident ? -p : p;
@@ -2665,8 +2695,8 @@ class PPM:
     distribution); below the empty context all 256 bytes are alike. A byte is counted after it has been predicted, in
     the contexts from the longest to the first that knows it. Contexts reach over documents' ends; the first ones are
     filled up with zero bytes. Longer contexts count only where all shorter ones have been seen.
-    The table has 2^table_bits pages of 64 bytes, each for up to 11 symbols of a context; once 3/4 are in use, a symbol
-    that needs a new page is not counted in that context any more.
+    Contexts of two bytes and more share 2^table_bits pages of 64 bytes, each for up to 11 symbols of a context; once
+    3/4 are in use, a symbol that needs a new page is not counted in that context any more. The others take 266 kB.
     """
 
     def __init__(self, trie: ByteTrie, table_bits: int = 24):
@@ -2677,21 +2707,22 @@ class PPM:
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.pages = np.frombuffer(memory, dtype=np.uint64)
         self.used, self.history = np.zeros(1, dtype=np.uint64), np.zeros(1, dtype=np.uint64)
+        self.shorts = np.zeros((257, 259), dtype=np.uint32)
 
     def predict(self, rows: np.ndarray, among_all: bool = False) -> np.ndarray:
         """Probability of each byte of the next tokens, given the text before it: rows [n] int32 -> [bytes] fp32.
 
-        Among its siblings in the trie, or among all 256 bytes; negative where PPM is confident. Other threads run
-        meanwhile.
+        Among its siblings in the trie, or among all 256 bytes; negative where PPM is confident, or the only way leads
+        on. Other threads run meanwhile.
         """
         trie, found = self.trie, np.empty(int(self.trie.length[rows].sum()), np.float32)
         siblings = ~np.zeros_like(trie.siblings) if among_all else trie.siblings
         arrays = [x.ctypes.data_as(ctypes.c_void_p) for x in (
-            self.pages, self.used, self.history, rows, trie.path, trie.byte, siblings, found)]
-        pages, used, history, rows_at, path, byte, siblings_at, found_at = arrays
-        ppm_library().predict_text(pages, ctypes.c_int(self.table_bits), used, history, ctypes.c_double(PPM_CONFIDENT),
-                                   ctypes.c_int64(len(rows)), rows_at, path, ctypes.c_int(trie.path.shape[1]), byte,
-                                   siblings_at, found_at)
+            self.shorts, self.pages, self.used, self.history, rows, trie.path, trie.byte, siblings, found)]
+        shorts, pages, used, history, rows_at, path, byte, siblings_at, found_at = arrays
+        ppm_library().predict_text(shorts, pages, ctypes.c_int(self.table_bits), used, history,
+                                   ctypes.c_double(PPM_CONFIDENT), ctypes.c_int64(len(rows)), rows_at, path,
+                                   ctypes.c_int(trie.path.shape[1]), byte, siblings_at, found_at)
         return found
 
 
