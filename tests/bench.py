@@ -300,20 +300,20 @@ def table(q: Quantization, *methods: str) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in ("distortion", "cost")} for row in rows]
 
 
-def presets(data_dir: str, steps: int) -> list[dict]:
+def presets(data_dir: str, steps: int, log_dir: Path | None) -> list[dict]:
     """One row for each published system, from the records of runs of the script itself; PPM's score beside."""
     rows = []
     for preset in ("pr1541", "pr1858", "pr1395", "pr1517"):
-        own = Config.from_env({"PRESET": preset})
+        own, run = Config.from_env({"PRESET": preset}), f"cpu_{steps}steps_{preset}"
         env = {**SMALL, **RUN_200, "PRESET": preset, "MUON_MOMENTUM": str(own.muon_momentum), "DATA_DIR": data_dir,
                "ITERATIONS": str(steps), "WARMUP_STEPS": "0", "PPM_ENABLED": "1", "VE_DIM": "32",
-               "RECUR_START_STEP": str(steps * 3 // 5 if own.recur_start_step else 0), "RUN_ID": preset}
+               "RECUR_START_STEP": str(steps * 3 // 5 if own.recur_start_step else 0), "RUN_ID": run}
         with torch.device("meta"):
             parameters = sum(p.numel() for p in GPT(Config.from_env(env)).parameters())
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([sys.executable, train_gpt.__file__], check=True, stdout=sys.stderr,
-                           env={**os.environ, **env, "OUT_DIR": f"{folder}/out", "LOG_DIR": folder})
-            record = json.loads(Path(folder, f"{preset}.json").read_text())
+                           env={**os.environ, **env, "OUT_DIR": f"{folder}/out", "LOG_DIR": str(log_dir or folder)})
+            record = json.loads(Path(log_dir or folder, f"{run}.json").read_text())
         scores = {f"{stage}_bpb": record[stage] and round(record[stage]["val_bpb"], 4)
                   for stage in ("prequant", "quantized", "sliding", "ttt", "ppm")}
         rows.append({"preset": preset, "parameters": parameters, "tokens_per_second": record["tokens_per_second"],
@@ -328,6 +328,7 @@ def main():
     parser.add_argument("--weights", type=Path, help="quantization: final_model.pt of the 200-step run")
     parser.add_argument("--full", action="store_true", help="quantization: random weights at full size")
     parser.add_argument("--steps", type=int, default=200, help="presets: optimizer steps")
+    parser.add_argument("--logs", type=Path, help="presets: folder for the runs' logs and records")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -335,7 +336,7 @@ def main():
             tokens = torch.randint(3, 8192, (100_000,)).numpy()
             train_gpt.write_shard(Path(folder) / "datasets/fineweb10B_sp8192/fineweb_train_000000.bin", tokens)
         data = arguments.data or folder
-        rows = {"speed": lambda: speed(data), "presets": lambda: presets(data, arguments.steps),
+        rows = {"speed": lambda: speed(data), "presets": lambda: presets(data, arguments.steps, arguments.logs),
                 "quantization": lambda: full_size() if arguments.full else quantization(data, arguments.weights),
                 }[arguments.what]()
     print(" | ".join(rows[0]))
