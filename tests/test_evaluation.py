@@ -16,7 +16,7 @@ MODES = ["plain", "sliding", "ttt"]
 # A shallow model, small passes (each is filled up with padding), a chunk of three sequences in batches of two.
 SMALL = dict(NUM_LAYERS=4, MODEL_DIM=32, LOOP_START=1, LOOP_END=2, NUM_LOOPS=1, PARALLEL_RESIDUAL_START=3,
              EVAL_SEQ_LEN=LENGTH, EVAL_STRIDE=STRIDE, TTT_CHUNK_TOKENS=CHUNK, TTT_BATCH_SEQS=2, TTT_LR=0.02,
-             MICRO_BATCH_TOKENS=512)
+             MICRO_BATCH_TOKENS=512, PREQUANT_TTT_EPOCHS=2)
 TARGETS = 2 * CHUNK + 21
 
 
@@ -38,12 +38,17 @@ def looping_model(config):
 
 
 def score(mode: str, config, model, val, rt=None) -> torch.Tensor:
-    """Every target's score in one of the three modes, each target scored once; the model stays as it is."""
+    """Every target's score in one of the three modes, each target scored once; the model stays as it is.
+
+    Or in a fourth, plain after fine-tuning on the split's first five sequences, in batches of two and then one.
+    """
     rt, model = rt or Runtime(config), copy.deepcopy(model)
+    if mode == "fine-tuned":
+        train_gpt.prequant_ttt(config, rt, model, model, val.tokens[:5 * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH))
     if mode == "ttt":
         scores = evaluate_ttt(config, rt, model, model, model.nll, val)
     else:
-        stride = config.eval_seq_len if mode == "plain" else config.eval_stride
+        stride = config.eval_stride if mode == "sliding" else config.eval_seq_len
         scores = evaluate(config, rt, model.nll, val, stride, mode)
     result = scores.finish()
     assert scores.single_pass() and scores.times_scored.tolist() == [1] * val.targets
@@ -197,7 +202,7 @@ from train_gpt import Runtime
 config = small_config()
 rt = Runtime(config)
 model, results = looping_model(config), {{}}
-for mode in MODES:
+for mode in (*MODES, "fine-tuned"):
     results[mode] = score(mode, config, model, random_split(TARGETS, config), rt).tolist()
 if rt.main:
     json.dump(results, open("scores.json", "w"))
