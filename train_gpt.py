@@ -236,7 +236,8 @@ class Config:
             problems += misspelt(env, list(fields))
             problems += [UsageError(f"the artifact was made with {name}, which is no setting of its own in this script")
                          for name in stored or () if name not in STORED_SETTINGS]
-        for values, text_of in ((given, env), (base, {name.upper(): value for name, value in (stored or {}).items()})):
+        own = {name.upper(): value for name, value in (stored or {}).items() if name in STORED_SETTINGS}
+        for values, text_of in ((given, env), (base, own)):
             for name in fields.keys() & text_of.keys():
                 try:
                     values[fields[name].name] = parse_setting(name, str(text_of[name]), fields[name])
@@ -292,14 +293,14 @@ class Config:
 CONSTRAINTS = (
     "model_dim % num_heads == 0", "num_heads % num_kv_heads == 0", "embedding_dim in (0, model_dim)",
     "rope_dims % 2 == 0 and rope_dims <= model_dim // num_heads",
-    "num_loops == 0 or recur_layers != '' or loop_start <= loop_end < num_layers",
-    "all(i.strip().isdigit() and int(i) < num_layers for i in f'{recur_layers},{ve_layers}'.split(',') if i)",
+    "num_loops == 0 or recur_layers.strip(',') or loop_start <= loop_end < num_layers",
+    "all(i.isascii() and i.isdecimal() and int(i) < num_layers for i in f'{recur_layers},{ve_layers}'.split(',') if i)",
     "ve_layers == '' or quantizer == 'sdclip'", "selective_pruning_enabled == 0 or quantizer == 'sdclip'",
     "train_batch_tokens % train_seq_len == 0",
     "micro_batch_tokens == 0 or max(eval_seq_len, train_seq_len * (mode != 'eval')) <= micro_batch_tokens",
     "eval_stride <= eval_seq_len <= ttt_chunk_tokens",
     "max_wallclock_seconds == 0 or gptq_reserve_seconds < max_wallclock_seconds",
-    "all(c.isalnum() or c in '._-' for c in run_id)",
+    "run_id.isascii() and all(c.isalnum() or c in '._-' for c in run_id)",
 )
 
 # How an artifact was made: MODE=eval cannot change it.
@@ -382,7 +383,8 @@ def parse_setting(name: str, text: str, field: dataclasses.Field) -> object:
     except (KeyError, ValueError):
         value = None
     in_range = limits["low"] is None or (value is not None and limits["low"] <= value <= limits["high"])  # NaN is not
-    if value is None or not in_range or (limits["choices"] and value not in limits["choices"]):
+    in_range = in_range and text.isprintable() and (not limits["choices"] or value in limits["choices"])
+    if value is None or not in_range:
         raise UsageError(f"{name}={text!r} is not allowed: it must be {allowed_values(field)}")
     return value
 
@@ -392,14 +394,13 @@ def allowed_values(field: dataclasses.Field) -> str:
     limits = field.metadata
     if limits["choices"]:
         return "one of " + ", ".join(limits["choices"])
-    kind = {bool: "0 or 1", int: "a whole number", float: "a number", str: "text"}[type(field.default)]
+    kind = {bool: "0 or 1", int: "a whole number", float: "a number", str: "printable text"}[type(field.default)]
     return kind if limits["low"] is None else f"{kind} from {limits['low']} to {limits['high']}"
 
 
 def rule_with_values(rule: str, values: Mapping[str, object]) -> str:
-    """Write a constraint in the variables that it is about, and these variables beside it."""
-    words = {word: values[word] for word in re.findall(r"\w+", rule) if word in values}
-    return f"{re.sub('|'.join(words), lambda m: m[0].upper(), rule)} ({assignments(words)})"
+    """Write a constraint, and beside it the variables that it is about."""
+    return f"{rule} ({assignments({name: values[name] for name in re.findall(r'[a-z_]+', rule) if name in values})})"
 
 
 def print_help():
@@ -463,6 +464,7 @@ class Runtime:
             if "WORLD_SIZE" not in env:
                 group.update(store=dist.HashStore(), rank=0, world_size=1)
             dist.init_process_group("nccl" if on_gpu else "gloo", **group)
+        self.check_alike("MODE", config.mode)
 
     @property
     def main(self) -> bool:
@@ -579,8 +581,8 @@ def end_process(code: int):
     Python's own shutdown stops threads wherever they are, and one of the process group's that is just then freeing a
     tensor aborts the process: seen in one of 40 runs of two gloo ranks.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before the start
+        stream.flush()
     os._exit(code)
 
 
@@ -844,6 +846,8 @@ class ValidationData:
         self.target_bytes = base_bytes[target] + (has_leading_space[target] & ~is_boundary[previous])  # [N] int64
         self.tokens, self.targets = host.to(rt.device), targets
         self.bytes = int(self.target_bytes.sum())
+        if not self.bytes:
+            raise UsageError(f"the validation split in {config.shard_dir} holds no text")
 
     def bits_per_byte(self, total_nats: float) -> float:
         """Convert the summed negative log-likelihood of all targets."""
@@ -2439,7 +2443,7 @@ def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll
         score_windows(config, rt, nll_fn, scores, chosen)
         if (chunks - 1 - number) % -(-chunks // 32) == 0 and rt.own(chosen):
             look(scores, rt.own(chosen))
-        if number + 1 < chunks:
+        if number + 1 < chunks and config.ttt_epochs:
             cosine = 0.5 * (1 + math.cos(math.pi * number / max(chunks - 1, 1)))
             optimizer.param_groups[0]["lr"] = config.ttt_lr * cosine
             adapt(config, rt, loss_fn, optimizer, grads, scores.release(number * chunk, (number + 1) * chunk))
@@ -2819,16 +2823,6 @@ class Record:
                 "tokenizer_sha256", *STAGES, "ppm", "artifact_bytes", "code_bytes", "total_bytes", "artifact_sha256",
                 "code_sha256", "eval_seconds", "stopped", "compliant")
 
-    def __enter__(self) -> Record:
-        """Keep the record of a run that may end early."""
-        return self
-
-    def __exit__(self, kind, error, trace):
-        """Enter why the run ended early."""
-        if error:
-            self.rt.log(f"stopped: {error!r}")
-            self.set(stopped=repr(error))
-
     def __init__(self, config: Config, rt: Runtime, run_id: str):
         """Begin the record with what is known before any work; everything not yet measured is null."""
         self.rt, self.path = rt, Path(config.log_dir) / f"{run_id}.json"
@@ -2846,6 +2840,16 @@ class Record:
         if self.rt.main:
             write_file(self.path, content)
         return content
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[Record]:
+        """Enter why the run ended early, if it does inside."""
+        try:
+            yield self
+        except BaseException as error:
+            self.rt.log(f"stopped: {error!r}")
+            self.set(stopped=repr(error))
+            raise
 
     def seal(self):
         """End the log with a line that vouches for all lines above it and for the record."""
@@ -2893,49 +2897,63 @@ def score_line(result: Mapping[str, float]) -> str:
             f"eval_time:{result['seconds'] * 1000:.0f}ms")
 
 
-def check_split(record: Record, config: Config, val: ValidationData, sp: spm.SentencePieceProcessor,
-                most_tokens: int = 2_000_000):
-    """Hold byte tables and tokens against the decoded text, document by document; spread samples of a large split.
+def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_000):
+    """Hold byte tables and tokens against the decoded text, document by document; a large split's own draw of some.
 
     Text that is encoded again must give the tokens back, or tokenizer and shards do not belong together, and a split
     must not repeat itself: each is true of 90% at least.
     """
-    tokens = val.tokens.cpu().numpy()
+    tokens, sp = val.tokens.cpu().numpy(), val.tokenizer
     starts = np.union1d(0, np.flatnonzero(tokens == sp.bos_id()))
     ends = np.append(starts[1:], len(tokens))
-    every = -(-len(tokens) // most_tokens)
     totals = np.concatenate([[0, 0], np.cumsum(val.target_bytes.numpy())])  # bytes of the targets before token p
-    wrong, foreign, documents = [], 0, list(zip(starts, ends))[::every]
+    wrong, foreign, seen, documents = [], 0, 0, 0
     # EVAL_DROP_TAIL may cut the last document inside a character, which then decodes to something else.
-    for begin, end in documents[:len(documents) - (val.left_out > 0)]:
+    for number in np.random.default_rng(int(val.sha256, 16)).permutation(len(starts) - (val.left_out > 0)):
+        begin, end = starts[number], ends[number]
+        if seen >= most_tokens:
+            break
+        seen, documents = seen + end - begin, documents + 1
         part = tokens[begin:end].tolist()
         text = sp.decode(part)
         own = 0 if begin else int(len(sp.decode(part[:1]).encode("utf-8")))  # the split's first token is no target
         if totals[end] - totals[begin] + own != len(text.encode("utf-8")):
             wrong.append(int(begin))
-        foreign += sp.encode(text) != part[part[0] == sp.bos_id():]
+        foreign += (end - begin) * (sp.encode(text) != part[part[0] == sp.bos_id():])
     record.check("byte_count", documents and not wrong and val.bytes == totals[-1],
-                 f"{len(documents)} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables: "
+                 f"{documents} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables: "
                  f"{wrong[:3]}")
     keys = passage_keys(tokens, val)
     repeated = len(keys) - len(np.unique(keys))
-    record.check("split_text", foreign <= 0.1 * len(documents) and repeated <= 0.1 * len(keys)
+    record.check("split_text", foreign <= 0.1 * seen and repeated <= 0.1 * len(keys)
                  and len(keys) >= len(tokens) / 1024 - 1,  # text of one short period may have no passages at all
-                 f"{foreign} of {len(documents)} documents encode otherwise, {repeated} of {len(keys)} passages repeat")
+                 f"{foreign} of {seen} tokens stand in documents that encode otherwise, {repeated} of {len(keys)} "
+                 "passages repeat")
 
 
 def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
-    """Numbers (uint64) of passages of 64 tokens, the same for the same text, wherever it stands.
+    """Numbers (uint64) of passages of 256 letters, the same for the same text, wherever it stands.
 
-    A passage begins where a hash of two tokens says so, about every 256 tokens. The hash depends on the split and the
-    salt: who alters a text so that it has no passages has other ones.
+    Letters alone count, in lower case: cutting documents or words elsewhere, or other blanks, changes none. A passage
+    begins where a hash of its first 8 letters says so, about every 512. The hash depends on the split and the salt: who
+    alters a text so that it has no passages has other ones.
     """
-    tokens = tokens.astype(np.uint64)
-    random_bits = np.random.default_rng(int(sha256((val.sha256 + salt).encode()), 16))
-    multipliers = random_bits.integers(2**63, size=64, dtype=np.uint64) | np.uint64(1)
-    pair = tokens[:-1] * multipliers[0] + tokens[1:] * multipliers[1]
-    starts = np.flatnonzero(pair[:max(len(tokens) - 63, 0)] >> np.uint64(56) == 0)
-    return tokens[starts[:, None] + np.arange(64)] @ multipliers
+    known = [re.sub(rb"[\0-`{-\x7f]", b"", token_bytes(val.tokenizer, token, False).lower())
+             for token in range(val.tokenizer.vocab_size())]
+    length, letters = np.array([*map(len, known)]), np.frombuffer(b"".join(known), np.uint8)
+    offset, keys, text = length.cumsum() - length, [], letters[:0]
+    seed = int(sha256((val.sha256 + salt).encode()), 16)
+    multipliers = np.random.default_rng(seed).integers(2**63, size=256, dtype=np.uint64) | 1
+    for part in np.array_split(tokens, 1 + len(tokens) // 2**21):  # bounds the memory
+        begins = length[part].cumsum() - length[part]
+        chosen = np.repeat(offset[part] - begins, length[part])
+        text = np.concatenate([text, letters[chosen + np.arange(len(chosen))]])
+        places = max(len(text) - 255, 0)
+        chances = sum(text[i:i + places] * multipliers[i] for i in range(8))
+        starts = np.flatnonzero(chances >> 55 == 0)
+        keys.append(text[starts[:, None] + np.arange(256)] @ multipliers)
+        text = text[places:]
+    return np.concatenate(keys)
 
 
 def check_held_out(record: Record, val: ValidationData, data: TrainData):
@@ -3049,8 +3067,8 @@ def pack_source(source: bytes, config: Config) -> bytes:
 
 # Settings that decide what code a run needs: the packed script is made for the run's values of them.
 PACKED_FOR = ("preset", "corpus", "quantizer", "compressor", "parallel_residual", "smear_gate_enabled", "ve_layers",
-              "lr_schedule", "swa_every", "late_qat_threshold", "prequant_ttt_enabled", "selective_pruning_enabled",
-              "ppm_enabled")
+              "skip_gates_enabled", "ln_scale", "recur_start_step", "lr_schedule", "muon_row_normalize", "swa_every",
+              "late_qat_threshold", "prequant_ttt_enabled", "selective_pruning_enabled", "ppm_enabled")
 FINEWEB_VAL_BYTES = 151_080_891  # 50,000 documents
 PUBLIC_NAMES = {"Config", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact", "SOURCE",
                 "main", "__file__", "__name__"}
@@ -3085,6 +3103,8 @@ class SourceStripper(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
         """Reduce an annotation to what named tuples and dataclasses accept, and a setting to what is needed."""
+        if node.value and not isinstance(node.value, (ast.Constant, ast.Call, ast.Name)):  # no field: a variable
+            return self.generic_visit(ast.copy_location(ast.Assign([node.target], node.value), node))
         node.annotation, name = ast.Name("int", ast.Load()), node.target.id
         if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "").startswith("_"):
             if node.value.func.id == "_collect":
@@ -3253,6 +3273,7 @@ def shorten_names(tree: ast.Module):
         bound = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
         for node in nodes:
             bound -= {node.arg} if isinstance(node, ast.arg) else {*getattr(node, "names", ())}  # global, nonlocal
+        nodes.sort(key=lambda node: (getattr(node, "lineno", 0), getattr(node, "col_offset", 0)))
         rename(nodes, dict(short), itertools.chain(letters, numbered), kept | spoken - bound)
     rename([node for node in ast.walk(tree) if id(node) not in local], short, pairs, everywhere)
 
@@ -3513,7 +3534,7 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
         write_file(folder / name, data)
     with tempfile.TemporaryDirectory() as other:
         subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL,
-                       env={**os.environ, "MODE": "pack", "OUT_DIR": other})
+                       env={"PATH": os.environ.get("PATH", ""), "MODE": "pack", "OUT_DIR": other})
         if Path(other, "train_gpt.py").read_bytes() != (folder / "train_gpt.py").read_bytes():
             raise UsageError(f"{folder}/train_gpt.py does not pack to itself")
     return folder
@@ -3577,17 +3598,15 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
     run_id = config.run_id or f"{config.preset}_seed{config.seed}_{time.strftime('%Y%m%d_%H%M%S')}"
     rt.open_log(Path(config.log_dir) / f"{run_id}.txt")
     record = Record(config, rt, run_id)
-    for key in ("run_id", "mode", "preset", "hardware", "world_size", "python", "torch", "attention_backend",
-                "source_sha256"):
-        rt.log(f"{key}: {record.data[key]}")
     record.set(val_tokens=val.targets, val_bytes=val.bytes, val_sha256=val.sha256,
                tokenizer_sha256=val.tokenizer_sha256)
+    for key in ("run_id", "mode", "preset", "hardware", "world_size", "python", "torch", "attention_backend",
+                "source_sha256", "val_tokens", "val_bytes", "val_sha256", "tokenizer_sha256"):
+        rt.log(f"{key}: {record.data[key]}")
     if ALIASES:
         for name, meant in ALIASES.get(config.preset, {}).items():
             rt.log(f"{name} means {meant} in {config.preset}")
     rt.log(f"settings: {assignments(config.non_defaults())}")
-    for key in ("val_tokens", "val_bytes", "val_sha256", "tokenizer_sha256"):
-        rt.log(f"{key}: {record.data[key]}")
     return record
 
 
@@ -3596,16 +3615,13 @@ def check_folders(config: Config, rt: Runtime):
     with rt.agree():
         if config.ppm_enabled and rt.main:
             ppm_library()
-        for name, megabytes in (("OUT_DIR", 500), ("LOG_DIR", 1)) if rt.main else ():
+        for name in ("OUT_DIR", "LOG_DIR") if rt.main else ():
             folder = Path(getattr(config, name.lower())).absolute()
             there = next(path for path in (folder, *folder.parents) if path.exists())
             try:
-                with tempfile.TemporaryFile(dir=there):
-                    free = shutil.disk_usage(there).free >> 20
+                tempfile.TemporaryFile(dir=there).close()
             except OSError as error:
                 raise UsageError(f"{name}={folder} cannot be written to: {error}") from error
-            if free < megabytes:
-                raise UsageError(f"{name}={folder} has {free} MB left, the run may write {megabytes} MB")
 
 
 def run_training(config: Config, rt: Runtime):
@@ -3614,11 +3630,10 @@ def run_training(config: Config, rt: Runtime):
     with rt.agree():  # nobody looks for the corpus before it is written
         if config.corpus == "embedded" and rt.main:
             write_embedded_corpus(config)
-    sp = load_tokenizer(config)
-    val, data = ValidationData(config, rt, sp), TrainData(config, rt)
+    val, data = ValidationData(config, rt, load_tokenizer(config)), TrainData(config, rt)
     rt.check_alike("training shards", data.sha256)
-    with begin(config, rt, val) as record:
-        check_split(record, config, val, sp)
+    with begin(config, rt, val).kept() as record:
+        check_split(record, val)
         record.set(train_sha256=data.sha256)
         rt.log(f"train_sha256: {data.sha256}")
         check_held_out(record, val, data)
@@ -3704,7 +3719,8 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
            f"Total submission size quantized+{config.compressor}: {len(code) + len(artifact)} bytes")
     record.set(artifact_bytes=len(artifact), code_bytes=len(code), total_bytes=len(code) + len(artifact),
                artifact_sha256=sha256(artifact), code_sha256=sha256(code))
-    rt.log("\n".join(f"{key}: {record.data[key]}" for key in ("artifact_sha256", "code_sha256")))
+    for key in ("artifact_sha256", "code_sha256"):
+        rt.log(f"{key}: {record.data[key]}")
     # The same artifact must get the same score again: embedding gradients, above all, are sums in any order otherwise.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -3748,10 +3764,9 @@ def run_evaluation(config: Config, rt: Runtime):
     artifact = read_artifact(config.out_dir)
     rt.check_alike("artifact", sha256(artifact))
     check_folders(config, rt)
-    sp = load_tokenizer(config)
-    val = ValidationData(config, rt, sp)
-    with begin(config, rt, val) as record:
-        check_split(record, config, val, sp)
+    val = ValidationData(config, rt, load_tokenizer(config))
+    with begin(config, rt, val).kept() as record:
+        check_split(record, val)
         score_artifact(config, rt, record, val, artifact)
 
 
@@ -3806,11 +3821,10 @@ def refuse_code_beside():
 
 def fail(message: str, code: int):
     """End this rank: what the process group has under way must not hold up or spoil the exit."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train_gpt.py: {message}", file=sys.stderr)
-    else:
+    if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)  # the first rank that ends has the others killed, and rank 0 has the word
+        time.sleep(10)  # the first rank that ends has the others killed, and rank 0 has the word, if it knows
+    print(f"train_gpt.py: {message}", file=sys.stderr)
     end_process(code)
 
 
