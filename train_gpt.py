@@ -581,8 +581,8 @@ def end_process(code: int):
     Python's own shutdown stops threads wherever they are, and one of the process group's that is just then freeing a
     tensor aborts the process: seen in one of 40 runs of two gloo ranks.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed before the start
-        stream.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
@@ -838,8 +838,9 @@ class ValidationData:
         if targets < window:
             raise UsageError(f"the validation split in {config.shard_dir} has {targets} targets, less than one window "
                              f"(EVAL_SEQ_LEN={window})")
-        self.left_out = targets % window if config.eval_drop_tail else 0
-        targets -= self.left_out
+        if config.eval_drop_tail:
+            targets -= targets % window
+        self.left_out = sum(map(len, shards)) - 1 - targets
         host = torch.from_numpy(tokens[:targets + 1])
         base_bytes, has_leading_space, is_boundary = build_byte_luts(sp, config.vocab_size)
         previous, target = host[:-1], host[1:]
@@ -1872,6 +1873,7 @@ class TrellisQuantizer:
             self.weights += weight.numel()
         spreads = spreads.to(rt.device)
         rt.all_reduce(spreads)
+        self.weights = max(self.weights, 1)  # a very small model may have none to quantize
         self.mean_spread = float(spreads) / self.weights
 
     def price_of(self, bits: float) -> float:
@@ -3604,7 +3606,7 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
                 "source_sha256", "val_tokens", "val_bytes", "val_sha256", "tokenizer_sha256"):
         rt.log(f"{key}: {record.data[key]}")
     if ALIASES:
-        for name, meant in ALIASES.get(config.preset, {}).items():
+        for name, meant in ALIASES.get(os.environ.get("PRESET"), {}).items():
             rt.log(f"{name} means {meant} in {config.preset}")
     rt.log(f"settings: {assignments(config.non_defaults())}")
     return record

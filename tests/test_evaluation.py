@@ -1,5 +1,6 @@
 """Room 9: scores against slow references; causal, normalized, score before update, single pass."""
 import copy
+import dataclasses
 import json
 import math
 
@@ -16,7 +17,7 @@ MODES = ["plain", "sliding", "ttt"]
 # A shallow model, small passes (each is filled up with padding), a chunk of three sequences in batches of two.
 SMALL = dict(NUM_LAYERS=4, MODEL_DIM=32, LOOP_START=1, LOOP_END=2, NUM_LOOPS=1, PARALLEL_RESIDUAL_START=3,
              EVAL_SEQ_LEN=LENGTH, EVAL_STRIDE=STRIDE, TTT_CHUNK_TOKENS=CHUNK, TTT_BATCH_SEQS=2, TTT_LR=0.02,
-             MICRO_BATCH_TOKENS=512, PREQUANT_TTT_EPOCHS=2)
+             MICRO_BATCH_TOKENS=512)
 TARGETS = 2 * CHUNK + 21
 
 
@@ -44,7 +45,8 @@ def score(mode: str, config, model, val, rt=None) -> torch.Tensor:
     """
     rt, model = rt or Runtime(config), copy.deepcopy(model)
     if mode == "fine-tuned":
-        train_gpt.prequant_ttt(config, rt, model, model, val.tokens[:5 * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH))
+        sequences = val.tokens[:5 * LENGTH + 1].unfold(0, LENGTH + 1, LENGTH)
+        train_gpt.prequant_ttt(dataclasses.replace(config, prequant_ttt_epochs=2), rt, model, model, sequences)
     if mode == "ttt":
         scores = evaluate_ttt(config, rt, model, model, model.nll, val)
     else:
