@@ -803,7 +803,7 @@ def discounted_later():
                   better_than_it_says))])
 def test_a_whole_runs_figures_come_out_again_from_its_files(plant, short_split, tmp_path, rt):
     """From OUT_DIR's two files, one target at a time: what the record says of every stage."""
-    learning = {"TTT_LR": 0.3, "TTT_CHUNK_TOKENS": 128, "QUANTIZER": "trellis", "TARGET_BYTES": 33_000}
+    learning = {"TTT_LR": 0.3, "TTT_CHUNK_TOKENS": 128, "MATRIX_BITS": 3, "EMBED_BITS": 4}
     with plant() if plant else contextlib.nullcontext():
         record = tiny_run(tmp_path, short_split, rt, **learning)
     config = tiny_run_config(tmp_path, short_split, **learning)
@@ -1206,7 +1206,7 @@ def byte_count_outcome(sp, vocab_size, documents, tmp_path, rt, luts=None) -> bo
     with patched(train_gpt, "build_byte_luts", luts or train_gpt.build_byte_luts):
         val = train_gpt.ValidationData(config, rt, sp)
     record = train_gpt.Record(config, rt, "bytes")
-    train_gpt.check_split(record, config, val, sp)
+    train_gpt.check_split(record, val)
     ok = record.data["checks"][0]["ok"]
     assert ok == (val.bytes == sum(len(sp.decode(ids).encode()) for ids in texts))
     return ok
