@@ -294,7 +294,7 @@ CONSTRAINTS = (
     "model_dim % num_heads == 0", "num_heads % num_kv_heads == 0", "embedding_dim in (0, model_dim)",
     "rope_dims % 2 == 0 and rope_dims <= model_dim // num_heads",
     "num_loops == 0 or recur_layers.strip(',') or loop_start <= loop_end < num_layers",
-    "all(i.isascii() and i.isdecimal() and int(i) < num_layers for i in f'{recur_layers},{ve_layers}'.split(',') if i)",
+    "all(i.strip().isdecimal() and int(i) < num_layers for i in f'{recur_layers},{ve_layers}'.split(',') if i)",
     "ve_layers == '' or quantizer == 'sdclip'", "selective_pruning_enabled == 0 or quantizer == 'sdclip'",
     "train_batch_tokens % train_seq_len == 0",
     "micro_batch_tokens == 0 or max(eval_seq_len, train_seq_len * (mode != 'eval')) <= micro_batch_tokens",

@@ -70,7 +70,9 @@ def test_values_of_the_other_presets():
 
 
 @pytest.mark.parametrize("env, said", [
-    ({"RECUR_LAYERS": "3,x"}, "RECUR_LAYERS=3,x"), ({"RECUR_LAYERS": "3,11"}, "RECUR_LAYERS=3,11"),
+    ({"RECUR_LAYERS": "3,x"}, "RECUR_LAYERS=3,x"), ({"RECUR_LAYERS": "\u00b2"}, "RECUR_LAYERS=\u00b2"),
+    ({"RECUR_LAYERS": ",", "LOOP_END": "12"}, "loop_end < num_layers"), ({"RUN_ID": "\u00e9"}, "RUN_ID=\u00e9"),
+    ({"AUTHOR": "A\ncompliant: True"}, "printable text"), ({"RECUR_LAYERS": "3,11"}, "RECUR_LAYERS=3,11"),
     ({"VE_LAYERS": "11", "QUANTIZER": "sdclip"}, "VE_LAYERS=11"), ({"VE_LAYERS": "9"}, "QUANTIZER=trellis"),
     ({"SELECTIVE_PRUNING_ENABLED": "1"}, "quantizer == 'sdclip'")])
 def test_layer_lists_and_pieces_must_fit(env, said):

@@ -1002,6 +1002,21 @@ def test_a_copy_of_the_split_among_the_training_shards_is_noticed(corpus, tmp_pa
     assert failed(record) == {"held_out"} and not record["compliant"]
 
 
+def test_a_copy_in_other_tokens_has_the_same_passages(corpus, rt):
+    """Words cut otherwise (BPE dropout), and a document's beginning before every twelfth word."""
+    config = tiny_run_config(corpus[0], corpus[0])
+    sp = train_gpt.load_tokenizer(config)
+    val = train_gpt.ValidationData(config, rt, sp)
+    tokens = val.tokens.numpy()
+    words = sp.decode(tokens.tolist()).split(" ")
+    copied = [token for i in range(0, len(words), 12) for token in (
+        1, *sp.encode(" ".join(words[i:i + 12]), enable_sampling=True, alpha=0.12, nbest_size=-1))]
+    other = np.array(train_gpt.open_shard(train_gpt.shard_files(config, "train")[0]))
+    keys = train_gpt.passage_keys(tokens, val)
+    assert len(keys) > 20 and np.isin(keys, train_gpt.passage_keys(np.array(copied), val)).mean() > 0.9
+    assert np.isin(keys, train_gpt.passage_keys(other, val)).mean() < 0.1
+
+
 @pytest.mark.parametrize("stage", ["train", "make_artifact"])
 def test_a_shard_that_changes_during_the_run_is_noticed(stage, corpus, tmp_path, rt):
     """Shards are mapped into memory: tokens that somebody writes there after the checks are trained on."""

@@ -145,6 +145,8 @@ def test_packed_script_computes_the_same(tmp_path):
     stored = {"preset": "pr1541", "seed": 7, "matrix_clip_sigmas": 9.0, "matrix_lr": 0.01}
     assert not hasattr(packed.Config, "matrix_clip_sigmas"), "QUANTIZER=trellis does not read it"
     assert packed.Config.from_env({}, stored).matrix_lr == train_gpt.Config.from_env({}, stored).matrix_lr == 0.01
+    elsewhere = {**stored, "data_path": "elsewhere", "log_dir": "elsewhere", "run_id": "x"}
+    assert packed.Config.from_env({}, elsewhere) == packed.Config.from_env({}, stored), "never an artifact's business"
     tensors = {"a": torch.arange(10, dtype=torch.int8)}
     assert packed.pack_artifact(tensors, {"x": 1}) == train_gpt.pack_artifact(tensors, {"x": 1})
     assert ".project(" in inspect.getsource(packed.GPT.mlp), "its source is registered: Triton, for one, asks for it"
