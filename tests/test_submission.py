@@ -398,6 +398,7 @@ def test_passages_are_those_of_the_letters_wherever_they_are_cut():
     val = fake_validation(tokens, tiny_config())
     val.tokenizer = Characters()
     keys = np.sort(train_gpt.passage_keys(tokens, val))
+    assert len(keys) > 30
     cut = np.insert(tokens, np.arange(0, len(tokens), 12), rng.choice([1, 32, 46], 2500))
     assert np.array_equal(np.sort(train_gpt.passage_keys(np.where(rng.random(len(cut)) < 0.5, cut, np.where(
         cut >= 97, cut - 32, cut)), val)), keys)
