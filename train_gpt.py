@@ -2964,9 +2964,9 @@ def check_held_out(record: Record, val: ValidationData, data: TrainData):
     A passage must lie within a shard to be seen, and so none may be short.
     """
     keys = passage_keys(val.tokens.cpu().numpy(), val, data.sha256)
-    found = torch.zeros(len(keys), device=record.rt.device)
-    for index in record.rt.share(len(data.shards)):  # each rank has the same
-        found += torch.from_numpy(np.isin(keys, passage_keys(data.shards[index], val, data.sha256))).to(found)
+    with ThreadPoolExecutor(4) as pool:  # each rank has the same shards
+        seen = pool.map(lambda shard: np.isin(keys, passage_keys(shard, val, data.sha256)), record.rt.own(data.shards))
+        found = torch.from_numpy(sum(seen, np.zeros(len(keys)))).to(record.rt.device)
     record.rt.all_reduce(found)
     copied, shortest = int((found > 0).sum()), min(map(len, data.shards))
     record.check("held_out", len(keys) and copied <= 0.1 * len(keys) and shortest >= 1024,
