@@ -3105,8 +3105,6 @@ class SourceStripper(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
         """Reduce an annotation to what named tuples and dataclasses accept, and a setting to what is needed."""
-        if node.value and not isinstance(node.value, (ast.Constant, ast.Call, ast.Name)):  # no field: a variable
-            return self.generic_visit(ast.copy_location(ast.Assign([node.target], node.value), node))
         node.annotation, name = ast.Name("int", ast.Load()), node.target.id
         if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "").startswith("_"):
             if node.value.func.id == "_collect":
@@ -3534,9 +3532,10 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
             files[p.name] = p.read_bytes()
     for name, data in files.items():
         write_file(folder / name, data)
+    machine = {name: value for name, value in os.environ.items() if not hasattr(Config, name.lower())}  # no settings
     with tempfile.TemporaryDirectory() as other:
         subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL,
-                       env={"PATH": os.environ.get("PATH", ""), "MODE": "pack", "OUT_DIR": other})
+                       env={**machine, "MODE": "pack", "OUT_DIR": other})
         if Path(other, "train_gpt.py").read_bytes() != (folder / "train_gpt.py").read_bytes():
             raise UsageError(f"{folder}/train_gpt.py does not pack to itself")
     return folder

@@ -142,7 +142,7 @@ class Quantization:
 
     def __init__(self, config: Config, model: GPT, hessians: dict, sensitivities: dict):
         self.config, self.rt, self.model = config, Runtime(config), model
-        self.hessians, self.sensitivities, self.before = hessians, sensitivities, None
+        self.hessians, self.sensitivities, self.val, self.before = hessians, sensitivities, None, None
 
     @classmethod
     def trained(cls, data_dir: str, weights: Path | None):
@@ -183,7 +183,7 @@ class Quantization:
 
     def bpb(self, model: GPT) -> float | None:
         """Plain score of the split, if there is one."""
-        if self.before is None and not hasattr(self, "val"):
+        if not self.val:
             return None
         scores = train_gpt.evaluate(self.config, self.rt, model.nll, self.val, self.config.eval_seq_len, "score")
         return round(scores.finish()["val_bpb"], 5)
