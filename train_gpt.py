@@ -42,7 +42,6 @@ import math
 import mmap
 import os
 import platform
-import random
 import re
 import resource
 import shutil
@@ -54,11 +53,13 @@ import sys
 import tempfile
 import time
 import tokenize
+import types
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
+from pydoc_data.topics import topics as documentation  # 0.5 MB of text that every Python has
 from typing import NamedTuple
 
 import brotli
@@ -294,7 +295,8 @@ CONSTRAINTS = (
     "model_dim % num_heads == 0", "num_heads % num_kv_heads == 0", "embedding_dim in (0, model_dim)",
     "rope_dims % 2 == 0 and rope_dims <= model_dim // num_heads",
     "num_loops == 0 or recur_layers.strip(',') or loop_start <= loop_end < num_layers",
-    "all(i.strip().isdecimal() and int(i) < num_layers for i in f'{recur_layers},{ve_layers}'.split(',') if i)",
+    "len(recur_layers + ve_layers) < 256",
+    "all(i.strip().isdecimal() and int(i[:9]) < num_layers for i in f'{recur_layers},{ve_layers}'.split(',') if i)",
     "ve_layers == '' or quantizer == 'sdclip'", "selective_pruning_enabled == 0 or quantizer == 'sdclip'",
     "train_batch_tokens % train_seq_len == 0",
     "micro_batch_tokens == 0 or max(eval_seq_len, train_seq_len * (mode != 'eval')) <= micro_batch_tokens",
@@ -364,6 +366,7 @@ def misspelt(env: Mapping[str, str], known: list[str]) -> list[str]:
         if name in known or not name.isupper() or len(name) < 4:
             continue
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.87 if len(name) > 5 else 0.75)
+        close = close or [setting for setting in known if "_" in name and setting.startswith(f"{name}_")]
         if not close and name.startswith(KNOWN_PREFIXES):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         if close:
@@ -441,13 +444,19 @@ class Runtime:
     """
 
     def __init__(self, config: Config):
-        """Join the process group (NCCL on CUDA, gloo on CPU) and open the log on rank 0."""
+        """Find this rank's device and join the process group (NCCL on CUDA, gloo on CPU)."""
         env = os.environ
-        self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        place = [env.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+        if any(place[:2]) and not (all(place) and all(map(str.isdecimal, place[:2]))):
+            raise UsageError(f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are {place}: torchrun sets all of them")
+        self.rank, self.world = int(place[0] or 0), int(place[1] or 1)
+        self.main = self.rank == 0  # the one that logs and writes files
         on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-        if on_gpu and not torch.cuda.is_available():
-            raise UsageError("DEVICE=cuda, but PyTorch sees no GPU; DEVICE=cpu runs without one")
-        self.device = torch.device("cuda", int(env.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+        local_rank = int(env.get("LOCAL_RANK", 0))
+        if on_gpu and local_rank >= torch.cuda.device_count():
+            raise UsageError(f"PyTorch sees {torch.cuda.device_count()} GPUs, and each rank needs one; DEVICE=cpu runs "
+                             "without")
+        self.device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
         self.dtype = torch.bfloat16 if on_gpu else torch.float32  # of the matrix products; masters stay fp32
         self.compile = on_gpu if config.compile == "auto" else config.compile == "1"
         self.micro_batch_tokens = config.micro_batch_tokens or (98304 if on_gpu else 4096)
@@ -461,15 +470,10 @@ class Runtime:
             torch._dynamo.config.recompile_limit = 32
         if not dist.is_initialized():
             group = {"device_id": self.device} if on_gpu else {}
-            if "WORLD_SIZE" not in env:
+            if not place[1]:
                 group.update(store=dist.HashStore(), rank=0, world_size=1)
             dist.init_process_group("nccl" if on_gpu else "gloo", **group)
         self.check_alike("MODE", config.mode)
-
-    @property
-    def main(self) -> bool:
-        """Whether this is rank 0, the one that logs and writes files."""
-        return self.rank == 0
 
     def catch_signals(self):
         """Let SIGTERM and SIGINT end the run in order: training after the step under way, anything else at once."""
@@ -482,10 +486,13 @@ class Runtime:
             signal.signal(number, on_signal)
 
     def open_log(self, path: Path):
-        """Start rank 0's log file."""
-        if self.main:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.log_file = path.open("w", encoding="utf-8")
+        """Start rank 0's log file; raise UsageError on every rank if it is another run's."""
+        with self.agree():
+            if self.main and (path.exists() or path.with_suffix(".json").exists()):
+                raise UsageError(f"{path} or its record is there already: choose another RUN_ID or LOG_DIR")
+            if self.main:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.log_file = path.open("x", encoding="utf-8")
 
     def log(self, message: str = ""):
         """Print on rank 0, and write to the log file if it is open."""
@@ -495,15 +502,22 @@ class Runtime:
                 self.log_file.write(message + "\n")
                 self.log_file.flush()
 
+    def told(self, stage: str, items: Sequence) -> Iterator:
+        """Yield the items; every 10 s, log how many of them are done and about how long the others will take."""
+        begin = shown = time.perf_counter()
+        for done, item in enumerate(items):
+            now = time.perf_counter()
+            if now - shown > 10 and done:
+                shown = now
+                left = (now - begin) / done * (len(items) - done)
+                self.log(f"{stage}: {done}/{len(items)} {now - begin:.0f}s, about {left:.0f}s left")
+            yield item
+
     def clock(self) -> float:
-        """Seconds, counted from anywhere, after the device has finished what it was given."""
+        """Seconds, counted from anywhere, without pauses, after the device has finished what it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def spent(self) -> float:
-        """The clock, less the pauses."""
-        return self.clock() - self.paused
+        return time.perf_counter() - self.paused
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -590,42 +604,21 @@ def choose_attention(wanted: str, on_gpu: bool) -> str:
     """Name the attention kernel in use: fa3, sdpa (cuDNN, flash or PyTorch's CPU kernel) or plain."""
     global flash_attn_func
     hopper = on_gpu and torch.cuda.get_device_capability()[0] == 9
-    if wanted == "fa3" or (wanted == "auto" and hopper):
-        try:
+    if hopper and wanted in ("fa3", "auto"):
+        with contextlib.suppress(ImportError):
             from flash_attn_interface import flash_attn_func
-        except ImportError as error:
-            if wanted == "fa3":
-                raise UsageError("ATTENTION=fa3, but flash_attn_interface cannot be imported; "
-                                 "ATTENTION=auto does without") from error
-    return wanted if wanted != "auto" else "fa3" if hopper and flash_attn_func else "sdpa"
+    if wanted == "fa3" and not flash_attn_func:
+        raise UsageError("ATTENTION=fa3 needs a Hopper GPU and flash_attn_interface; ATTENTION=auto does without")
+    return wanted if wanted != "auto" else "fa3" if flash_attn_func else "sdpa"
 
 
 @contextlib.contextmanager
 def attention_kernels(rt: Runtime) -> Iterator[None]:
     """On CUDA, let SDPA choose among fused kernels only: falling back to the quadratic one must not pass unseen."""
-    if rt.device.type != "cuda":
+    kernel = nn.attention.SDPBackend
+    others = [] if rt.device.type == "cuda" else [kernel.MATH]
+    with nn.attention.sdpa_kernel([kernel.CUDNN_ATTENTION, kernel.FLASH_ATTENTION, *others], set_priority=True):
         yield
-        return
-    backend = nn.attention.SDPBackend
-    with nn.attention.sdpa_kernel([backend.CUDNN_ATTENTION, backend.FLASH_ATTENTION], set_priority=True):
-        yield
-
-
-class Progress:
-    """Tells how far a stage is and how long is left, every 10 s, for stages that last longer than that."""
-
-    def __init__(self, rt: Runtime, stage: str, total: int):
-        """`total` counts the stage's pieces of work."""
-        self.rt, self.stage, self.total = rt, stage, total
-        self.start = self.shown = time.perf_counter()
-
-    def at(self, done: int):
-        """Report that `done` pieces are finished."""
-        now = time.perf_counter()
-        if now - self.shown > 10 and done:
-            self.shown, spent = now, now - self.start
-            left = spent * (self.total - done) / done
-            self.rt.log(f"{self.stage}: {done}/{self.total} {spent:.0f}s, about {left:.0f}s left")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -636,12 +629,6 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 BOS = 1  # begins every document
 HOW_TO_GET_DATA = ("Get FineWeb with the contest's downloader (see README.md), set DATA_DIR, or try the whole pipeline "
                    "without data: PRESET=smoke")
-
-
-def documentation() -> dict[str, str]:
-    """The documentation topics that come with Python: 0.5 MB of text, at hand everywhere."""
-    from pydoc_data.topics import topics
-    return topics
 
 
 def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
@@ -658,10 +645,13 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
         raise UsageError(f"{path} is no SentencePiece model ({error})") from error
     if sp.vocab_size() != config.vocab_size:
         raise UsageError(f"{path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={config.vocab_size}")
+    longest = max(len(sp.id_to_piece(token)) for token in range(config.vocab_size) if not is_boundary(sp, token))
+    if longest > 16:  # SentencePiece's own limit: the vocabulary is not counted, and could hold the split
+        raise UsageError(f"{path} has pieces of up to {longest} characters, the contest's have 16 at most")
     ids = [sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()]
     if ids != [0, BOS, 2, 3]:
         raise UsageError(f"{path} has the control ids {ids} (pad, BOS, EOS, unknown), not the contest's [0, 1, 2, 3]")
-    text = " ".join([*map(chr, range(33, 127)), *documentation().values()])
+    text = " ".join([*map(chr, range(33, 127)), *documentation.values()])
     text = " ".join(text.encode("ascii", "ignore").decode().split())[:100_000]
     if sp.decode(sp.encode(text)) != text:  # as many bytes of simpler text are easier to predict
         raise UsageError(f"{path} changes ASCII text")
@@ -708,8 +698,11 @@ def shard_files(config: Config, split: str) -> list[Path]:
     return files
 
 
-def open_shard(path: Path) -> np.ndarray:
-    """Map a shard's tokens (uint16) into memory; raise UsageError that names the file if its header lies."""
+def open_shard(path: Path, vocab_size: int = 65536) -> np.ndarray:
+    """Map a shard's tokens (uint16) into memory, and read them once.
+
+    Raises UsageError that names the file if its header lies or a token is outside the vocabulary.
+    """
     size = path.stat().st_size
     if size < SHARD_HEADER_BYTES:
         raise UsageError(f"{path}: {size} bytes are less than a shard's header")
@@ -720,14 +713,10 @@ def open_shard(path: Path) -> np.ndarray:
     if count < 2 or size != SHARD_HEADER_BYTES + 2 * count:
         raise UsageError(f"{path}: the header promises {count} tokens, the file holds "
                          f"{(size - SHARD_HEADER_BYTES) / 2:g}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
-
-
-def check_tokens(path: Path, tokens: np.ndarray, vocab_size: int):
-    """Raise UsageError that names the file if a token lies outside the vocabulary; reads the shard once."""
-    highest = int(tokens.max())
-    if highest >= vocab_size:
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+    if (highest := int(tokens.max())) >= vocab_size:
         raise UsageError(f"{path}: token {highest} is outside the vocabulary (VOCAB_SIZE={vocab_size})")
+    return tokens
 
 
 class TrainData:
@@ -754,9 +743,8 @@ class TrainData:
                                    if per_rank % n == 0 and (n == 1 or n * self.seq_len <= rt.micro_batch_tokens))
         with rt.agree():  # every rank reads all it may train on: what it is told of nodes and folders need not be true
             self.files = shard_files(config, "train")
-            self.opened, self.shards = self.stamps(), [open_shard(path) for path in self.files]
-            for path, shard in zip(self.files, self.shards):
-                check_tokens(path, shard, config.vocab_size)
+            self.opened = self.stamps()
+            self.shards = [open_shard(path, config.vocab_size) for path in self.files]
             self.sha256 = sha256("".join(map(sha256, self.shards)).encode())
         # One window less than fits, unless that leaves none, so that any phase below seq_len has as many windows.
         counts = [max((n - self.seq_len) // self.seq_len, int(n > self.seq_len)) for n in map(len, self.shards)]
@@ -779,20 +767,14 @@ class TrainData:
         other.seed, other.epoch, other.pending = (self.seed[0], stream), None, (None, None)
         return other
 
-    def begin_epoch(self, epoch: int):
-        """Draw the phases and the permutation of an epoch."""
-        rng = np.random.default_rng((*self.seed, epoch))
-        counts = np.diff(self.first_window)
-        slack = np.array([len(s) - 1 for s in self.shards]) - counts * self.seq_len
-        self.phase = rng.integers(0, np.minimum(slack + 1, self.seq_len))
-        self.order = rng.permutation(self.first_window[-1])
-        self.epoch = epoch
-
     def window(self, position: int) -> np.ndarray:
         """Tokens (seq_len + 1, uint16) of the window at `position` of the endless global order."""
         epoch, index = divmod(position, int(self.first_window[-1]))
-        if epoch != self.epoch:
-            self.begin_epoch(epoch)
+        if epoch != self.epoch:  # draw its phases and its permutation
+            rng, counts = np.random.default_rng((*self.seed, epoch)), np.diff(self.first_window)
+            slack = np.array([len(s) - 1 for s in self.shards]) - counts * self.seq_len
+            self.phase = rng.integers(0, np.minimum(slack + 1, self.seq_len))
+            self.order, self.epoch = rng.permutation(self.first_window[-1]), epoch
         window = self.order[index]
         shard = int(np.searchsorted(self.first_window, window, side="right")) - 1
         start = self.phase[shard] + (window - self.first_window[shard]) * self.seq_len
@@ -827,10 +809,7 @@ class ValidationData:
 
     def __init__(self, config: Config, rt: Runtime, sp: spm.SentencePieceProcessor):
         """Read and check the shards; raise UsageError if they hold less than one window."""
-        files = shard_files(config, "val")
-        shards = [open_shard(path) for path in files]
-        for path, shard in zip(files, shards):
-            check_tokens(path, shard, config.vocab_size)
+        shards = [open_shard(path, config.vocab_size) for path in shard_files(config, "val")]
         tokens, self.tokenizer = np.concatenate(shards), sp
         self.sha256, self.tokenizer_sha256 = sha256(tokens.tobytes()), sha256(sp.serialized_model_proto())
         tokens = tokens.astype(np.int32)
@@ -842,9 +821,9 @@ class ValidationData:
             targets -= targets % window
         self.left_out = sum(map(len, shards)) - 1 - targets
         host = torch.from_numpy(tokens[:targets + 1])
-        base_bytes, has_leading_space, is_boundary = build_byte_luts(sp, config.vocab_size)
+        base_bytes, has_leading_space, boundary = build_byte_luts(sp, config.vocab_size)
         previous, target = host[:-1], host[1:]
-        self.target_bytes = base_bytes[target] + (has_leading_space[target] & ~is_boundary[previous])  # [N] int64
+        self.target_bytes = base_bytes[target] + (has_leading_space[target] & ~boundary[previous])  # [N] int64
         self.tokens, self.targets = host.to(rt.device), targets
         self.bytes = int(self.target_bytes.sum())
         if not self.bytes:
@@ -897,7 +876,7 @@ def write_embedded_corpus(config: Config):
     if any(there):
         raise UsageError(f"CORPUS=embedded: of {config.tokenizer} and the train and val shards in {config.shard_dir} "
                          "some are there and some are not; remove them or choose another DATA_DIR")
-    documents = list(dict.fromkeys(text for _, text in sorted(documentation().items())))
+    documents = list(dict.fromkeys(text for _, text in sorted(documentation.items())))
     documents = [text for text in documents if not any(
         len(text) < len(other) and text[len(text) // 2:][:200] in other for other in documents)]  # nothing twice
     model = io.BytesIO()
@@ -936,7 +915,7 @@ def build_schedule(config: Config, looping: bool) -> tuple[VirtualLayer, ...]:
     encoder = len(order) // 2
     skips = min(encoder, config.max_skips or encoder)
     first = config.num_layers if config.parallel_residual == "none" else config.parallel_residual_start
-    parallel = [max(order[:i + 1]) >= first for i in range(len(order))]  # two lanes stay two
+    parallel = [deepest >= first for deepest in itertools.accumulate(order, max)]  # two lanes stay two
     return tuple(VirtualLayer(layer, parallel[i], i < encoder, i - encoder if encoder <= i < encoder + skips else -1)
                  for i, layer in enumerate(order))
 
@@ -985,7 +964,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> Tensor:
     if kernel == "fa3":
         return flash_attn_func(q, k, v, causal=True)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if kernel == "plain" and not PACKED:
+    if not PACKED and kernel == "plain":
         batch, heads, length, dim = q.shape
         scores = q.unflatten(1, (k.size(1), -1)) @ k[:, :, None].transpose(-1, -2) / math.sqrt(dim)  # [B, G, H/G, T, T]
         future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
@@ -1087,7 +1066,6 @@ class ValueEmbedding(nn.Module):
     """A narrow table of tokens, projected and added to the values of a few layers (PR #1395; zero at first)."""
 
     def __init__(self, config: Config, kv_dim: int):
-        """Make the parameters."""
         super().__init__()
         self.layers, self.heads = numbers(config.ve_layers), config.num_kv_heads
         self.table = nn.Parameter(torch.empty(config.vocab_size, config.ve_dim).normal_(0, 0.01))
@@ -1355,7 +1333,7 @@ class Optimizer:
     def clip(self, slices: list[Tensor]):
         """Bound the norm of the averaged gradient of all weights; one that is not finite becomes zero.
 
-        So the weights are still those of the last good step when the loop, a step later, learns that the loss is not.
+        So the weights are still finite when the loop, a step later, learns that the loss is not.
         """
         square = sum(s.square().sum() for s in slices)
         self.rt.all_reduce(square)
@@ -1399,7 +1377,6 @@ class WeightAverage:
     """Average of all weights over the steps, fp32: exponential (EMA_DECAY), or uniform over snapshots (SWA_EVERY)."""
 
     def __init__(self, config: Config, model: GPT):
-        """Start at the model's present weights."""
         self.config, self.weights, self.snapshots = config, list(model.parameters()), 0
         self.average = [p.detach().clone() for p in self.weights]
 
@@ -1415,7 +1392,7 @@ class WeightAverage:
 
     def apply(self):
         """Put the average into the model, unless there is none yet."""
-        if self.snapshots or not self.config.swa_every:
+        if not self.config.swa_every or self.snapshots:
             torch._foreach_copy_([p.data for p in self.weights], self.average)
 
 
@@ -1432,7 +1409,6 @@ class Pulse:
     """
 
     def __init__(self, rt: Runtime):
-        """Allocate the host's copy."""
         self.rt, on_gpu = rt, rt.device.type == "cuda"
         self.host = torch.zeros(3, pin_memory=on_gpu)
         self.arrived = torch.cuda.Event() if on_gpu else None
@@ -1453,26 +1429,23 @@ class Pulse:
         return tuple(self.host.tolist())
 
 
-def mean_gradient(rt: Runtime, loss_fn: Callable, grads: Tensor, sequences: Tensor):
-    """Make `grads` the gradient of the mean loss of sequences [S, length + 1], of which each rank takes its share."""
-    grads.zero_()
-    for part in rt.own(sequences).split(max(1, rt.micro_batch_tokens // (sequences.size(1) - 1))):
-        if len(part):
-            (loss_fn(part[:, :-1], part[:, 1:]) * (len(part) / len(sequences))).backward()
-    rt.all_reduce(grads)
+def descend(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim.Optimizer, grads: Tensor,
+            sequences: Tensor, frozen: Sequence[Tensor] = ()):
+    """Go once through sequences [S, length + 1], TTT_BATCH_SEQS a step, of which each rank takes its share.
 
-
-def bound_norm(grads: Tensor, most: float):
-    """Scale a gradient down to norm `most`, in place; 0: as it is."""
-    if most:
-        grads *= (most / (grads.norm() + 1e-6)).clamp(max=1.0)
-
-
-class TrainingResult(NamedTuple):
-    """What the record tells about training."""
-
-    steps: int
-    seconds: float
+    `grads` is the buffer of all gradients; the parts of it that are `frozen` stay zero.
+    """
+    for batch in sequences.split(config.ttt_batch_seqs):
+        grads.zero_()
+        for part in rt.own(batch.long()).split(max(1, rt.micro_batch_tokens // (batch.size(1) - 1))):
+            if len(part):
+                (loss_fn(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))).backward()
+        rt.all_reduce(grads)
+        for grad in frozen:
+            grad.zero_()
+        if config.ttt_grad_clip:
+            grads *= (config.ttt_grad_clip / (grads.norm() + 1e-6)).clamp(max=1.0)
+        optimizer.step()
 
 
 def backward_batch(loss_fn: Callable, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -1494,28 +1467,26 @@ def warm_up(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Tr
         states = [(False, False), (True, False), *([(True, True)] if config.late_qat_threshold else [])]
         rt.log(f"warm-up: {config.warmup_steps} steps in each of {len(states)} states")
         initial = [p.detach().clone() for p in model.parameters()]
-        optimizer, progress = Optimizer(config, rt, model), Progress(rt, "warm-up", len(states) * config.warmup_steps)
-        for step in range(len(states) * config.warmup_steps):
+        optimizer = Optimizer(config, rt, model)
+        for step in rt.told("warm-up", range(len(states) * config.warmup_steps)):
             model.looping, model.late_qat = states[step // config.warmup_steps]
             optimizer.zero_grad()
             backward_batch(loss_fn, data.batch(step))
             optimizer.step(1.0, config.muon_momentum)
-            progress.at(step + 1)
         model.looping = model.late_qat = False
         torch._foreach_copy_([p.data for p in model.parameters()], initial)
 
 
 def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: TrainData,
-          validate: Callable[[], str]) -> TrainingResult:
-    """Train until ITERATIONS or the budget is used up; the model ends with the averaged weights and its loops on.
+          validate: Callable[[], str]) -> tuple[int, float]:
+    """Train until ITERATIONS or the budget is used up -> (steps, seconds); the model ends averaged, with its loops on.
 
     `validate` scores the validation split and returns the line to log; the clock stands still meanwhile.
-    Raises RunStopped that names the step if the loss is not finite or a signal came; the model then has its last good
-    weights.
+    Raises RunStopped that names the step if the loss is not finite or a signal came; the weights then still are finite.
     """
     budget = config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else None
     optimizer, average, pulse = Optimizer(config, rt, model), WeightAverage(config, model), Pulse(rt)
-    begin, shown, step = rt.spent(), 0.0, 0
+    begin, shown, step = rt.clock(), 0.0, 0
     rt.in_training = True
     while True:
         loss, seconds, stop = pulse.read()  # zeros before the first step
@@ -1551,13 +1522,13 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
         if config.ema_decay or config.swa_every:
             average.update(step, multiplier)
     rt.in_training = False
-    seconds = rt.spent() - begin
+    seconds = rt.clock() - begin
     if step < config.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time: {seconds * 1000:.0f}ms step: {step}/{config.iterations}")
     if config.ema_decay or config.swa_every:
         average.apply()
     model.looping, model.late_qat = config.num_loops > 0, False
-    return TrainingResult(step, seconds)
+    return step, seconds
 
 
 def prequant_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, sequences: Tensor):
@@ -1571,17 +1542,10 @@ def prequant_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, seq
     frozen = [p.grad.unflatten(0, (-1, config.num_layers))[:, :config.prequant_ttt_freeze_blocks]  # q and o, k and v
               for p in (getattr(model, name) for name in layered) if p is not None]
     optimizer = torch.optim.AdamW(params, lr=config.prequant_ttt_lr, weight_decay=0.0)
-    progress = Progress(rt, "prequant_ttt", config.prequant_ttt_epochs)
-    for epoch in range(config.prequant_ttt_epochs):
+    for epoch in rt.told("prequant_ttt", range(config.prequant_ttt_epochs)):
         cosine = 0.5 * (1 + math.cos(math.pi * epoch / config.prequant_ttt_epochs))
         optimizer.param_groups[0]["lr"] = config.prequant_ttt_lr * (0.1 + 0.9 * cosine)
-        for batch in sequences.split(config.ttt_batch_seqs):
-            mean_gradient(rt, loss_fn, grads, batch.long())
-            for grad in frozen:
-                grad.zero_()
-            bound_norm(grads, config.ttt_grad_clip)
-            optimizer.step()
-        progress.at(epoch + 1)
+        descend(config, rt, loss_fn, optimizer, grads, sequences, frozen)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1627,12 +1591,10 @@ def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -
         add(x, site)
         return F.linear(x, matrix)
 
-    progress = Progress(rt, "calibration", config.gptq_calibration_batches)
     with replaced_products(model, observed):
-        for number in range(config.gptq_calibration_batches):
+        for number in rt.told("calibration", range(config.gptq_calibration_batches)):
             for inputs, _ in data.batch(number):
                 add(model.hidden(inputs), "head")
-            progress.at(number + 1)
     for site, total in sums.items():
         rt.all_reduce(total)
         total /= counts[site] * rt.world
@@ -1718,13 +1680,14 @@ def error_factor(hessian: Tensor, damping: Tensor) -> ErrorFactor:
 
     Raises torch.linalg.LinAlgError if it is not positive definite then (it holds NaN, say).
     """
-    h = hessian.float().clone()
+    h = hessian.double()  # a copy: fp32 has too few digits for inputs that are nearly all alike
     diagonal = h.diagonal(dim1=-2, dim2=-1)  # a view: writing to it writes to h
     dead = diagonal == 0
     diagonal += damping + dead  # a dead input gets a one, so h stays invertible
     order = diagonal.sort(descending=True, stable=True).indices
     h = h.gather(-2, order[..., None].expand_as(h)).gather(-1, order[..., None, :].expand_as(h))
-    return ErrorFactor(order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True), dead)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    return ErrorFactor(order, upper.float(), dead)
 
 
 def round_with_feedback(weight: Tensor, factor: ErrorFactor, step: Tensor, choose: Callable[[Tensor], Tensor],
@@ -1799,43 +1762,6 @@ def round_columns(y: Tensor) -> Tensor:
     return trellis_round(paths.flatten(0, -2)).view(paths.shape).flatten(-2)[..., :rows, None]
 
 
-def walk_trellis(shape: tuple[int, ...], visit: Callable[[slice, np.ndarray], np.ndarray]):
-    """Go along all paths of matrices [..., out, in] at once, from the top of each.
-
-    `visit` gets a slice of rows, and 1 where these take odd multiples, else 0; it returns their indices.
-    """
-    *batch, rows, columns = shape
-    state = np.zeros((*batch, -(-rows // TRELLIS_ROWS), columns), dtype=np.int64)
-    for t in range(min(TRELLIS_ROWS, rows)):
-        chosen = slice(t, None, TRELLIS_ROWS)
-        state = state[..., :len(range(rows)[chosen]), :]
-        state = NEXT_STATE[state, visit(chosen, state & 1) & 1]
-
-
-def trellis_indices(integers: np.ndarray) -> np.ndarray:
-    """Turn the integers of trellis paths, [..., out, in] multiples of the step, into indices (int32)."""
-    indices = np.empty(integers.shape, dtype=np.int32)
-
-    def visit(rows: slice, odd: np.ndarray) -> np.ndarray:
-        indices[..., rows, :] = (integers[..., rows, :] - odd) >> 1
-        return indices[..., rows, :]
-
-    walk_trellis(integers.shape, visit)
-    return indices
-
-
-def trellis_integers(indices: np.ndarray) -> np.ndarray:
-    """Undo trellis_indices."""
-    integers = np.empty(indices.shape, dtype=np.int32)
-
-    def visit(rows: slice, odd: np.ndarray) -> np.ndarray:
-        integers[..., rows, :] = 2 * indices[..., rows, :] + odd
-        return indices[..., rows, :]
-
-    walk_trellis(indices.shape, visit)
-    return integers
-
-
 def column_steps(step: Tensor, columns: Tensor) -> Tensor:
     """Steps [..., 1, in] from a matrix's step [...] and its columns' exponents [..., in], the same bits everywhere."""
     fractions = torch.tensor([1.0, 2**0.25, 2**0.5, 2**0.75], device=columns.device)
@@ -1884,12 +1810,12 @@ class TrellisQuantizer:
     def quantize(self, price: float) -> dict[str, Tensor]:
         """Make the artifact's tensors, on the CPU, with steps of 2^price * diagonal(U).
 
-        A quantized parameter P of shape [..., out, in] becomes `P.q` (int32 [matrices, out, in], indices), `P.columns`
-        (int8, exponents of the columns' steps), `P.step` (fp32, one per matrix) and `P.rows` (int8, exponents of the
-        rows' spreads in steps, for the coder); a small one stays P (fp16).
+        A quantized parameter P of shape [..., out, in] becomes `P.q` (int32 [matrices, out, in], multiples of steps),
+        `P.columns` (int8, exponents of the columns' steps), `P.step` (fp32, one per matrix) and `P.rows` (int8,
+        exponents of the rows' spreads in steps, for the coder); a small one stays P (fp16).
         """
-        tensors, progress = dict(self.small), Progress(self.rt, "trellis", self.weights)
-        for name, weight, hessian in self.parts:
+        tensors = dict(self.small)
+        for name, weight, hessian in self.rt.told("trellis", self.parts):
             own = self.rt.own(weight)
             q = torch.zeros(weight.shape, dtype=torch.int32)
             side = [torch.zeros(len(weight), n) for n in (1, weight.size(2), weight.size(1))]
@@ -1910,15 +1836,9 @@ class TrellisQuantizer:
             for whole in shared:
                 self.rt.all_reduce(whole)
             q, step, columns, rows = (whole.cpu() for whole in shared)
-            tensors |= {f"{name}.q": torch.from_numpy(trellis_indices(q.numpy())), f"{name}.step": step[:, 0],
+            tensors |= {f"{name}.q": q.to(torch.int32), f"{name}.step": step[:, 0],
                         f"{name}.columns": columns.to(torch.int8), f"{name}.rows": rows.to(torch.int8)}
-            progress.at(q.numel())
         return tensors
-
-
-def dequantize_trellis(indices: Tensor, step: Tensor, columns: Tensor) -> Tensor:
-    """Undo TrellisQuantizer.quantize for one parameter's q, step and columns: fp32 [matrices, out, in]."""
-    return torch.from_numpy(trellis_integers(indices.numpy())).float() * column_steps(step, columns)
 
 
 @torch.no_grad()
@@ -1928,8 +1848,7 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
     A quantized parameter P becomes `P.q` (int8) and `P.scale` (fp16); one of at most 65,536 elements stays P (fp16).
     """
     tensors, sites = small_tensors(model), model.matrix_sites()
-    progress, done = Progress(rt, "GPTQ", sum(p.numel() for p in model.parameters())), 0
-    for name, p in model.named_parameters():
+    for name, p in rt.told("GPTQ", list(model.named_parameters())):
         if name not in tensors:
             bits, clip_sigmas = ((config.embed_bits, config.embed_clip_sigmas) if name in TABLES else
                                  (config.matrix_bits, config.matrix_clip_sigmas))
@@ -1940,8 +1859,6 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
             integers, scale = gptq_quantize(p.view(len(hessian), *p.shape[-2:]), hessian, bits, clip_sigmas)
             tensors[f"{name}.q"] = integers.view(p.shape).cpu()
             tensors[f"{name}.scale"] = scale.reshape(p.shape[:-1]).cpu()
-        done += p.numel()
-        progress.at(done)
     return tensors
 
 
@@ -1956,7 +1873,7 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
 
 ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 3
 ARTIFACT_PREFIX = struct.Struct("<4sHI32s")
-PIECE_BYTES, MAX_RAW_BYTES = 4 << 20, 1 << 30
+PIECE_BYTES, MAX_RAW_BYTES, MAX_WEIGHTS = 4 << 20, 1 << 30, 1 << 28
 ARTIFACT_DTYPES = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "float16": torch.float16,
                    "float32": torch.float32}
 COMPRESSORS, SUBMISSION_CAP_BYTES = ("brotli", "lzma"), 16_000_000
@@ -2067,7 +1984,6 @@ class RansDecoder:
     """Reads back what rans_encode wrote, chunk by chunk."""
 
     def __init__(self, state: np.ndarray, words: np.ndarray, tables: np.ndarray):
-        """Begin at the first chunk."""
         self.state, self.words, self.at = state.copy(), words, 0
         self.start, self.frequency = (np.cumsum(tables, 1, dtype=np.uint32) - tables).ravel(), tables.ravel()
         self.symbol = np.zeros((len(tables), 1 << FREQUENCY_BITS), np.uint8)
@@ -2099,8 +2015,8 @@ class RansDecoder:
 def trellis_contexts(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
     """Contexts [matrices, out, in] of the entries of NAME.q where they take even multiples; odd ones have one more."""
     rows, columns = (tensors[f"{name}.{side}"].numpy().astype(np.int64) for side in ("rows", "columns"))
-    if rows.size * columns.shape[-1] > MAX_RAW_BYTES:
-        raise ArtifactError(f"{name} is huge")
+    if rows.shape[:-1] != columns.shape[:-1]:
+        raise ArtifactError(f"the rows and columns of {name} are not of as many matrices")
     return 2 * (rows[..., None] - columns[..., None, :] + CLASS_OF_ONE).clip(0, CLASSES - 1)
 
 
@@ -2110,20 +2026,16 @@ def lanes_for(indices: int) -> int:
 
 
 def encode_trellises(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Replace the indices NAME.q of all trellis tensors, those with NAME.rows and NAME.columns, by their code."""
-    names = sorted(name[:-8] for name in tensors if name.endswith(".columns"))
-    plain = {key: tensor for key, tensor in tensors.items() if key not in [f"{name}.q" for name in names]}
-    chunks, escapes = [], []
-    for name in names:
-        indices, contexts = tensors[f"{name}.q"].numpy(), trellis_contexts(tensors, name)
-
-        def visit(rows: slice, odd: np.ndarray, indices=indices, contexts=contexts) -> np.ndarray:
-            symbols, more = symbols_of(indices[..., rows, :])
-            chunks.append(((contexts[..., rows, :] + odd) * SYMBOLS + symbols).ravel().astype(np.int32))
+    """Replace the integers NAME.q of all trellis tensors, those with NAME.rows and NAME.columns, by their code."""
+    plain, chunks, escapes = dict(tensors), [], []
+    for name in sorted(name[:-8] for name in tensors if name.endswith(".columns")):
+        q, contexts = plain.pop(f"{name}.q").numpy(), trellis_contexts(tensors, name)
+        for t in range(min(TRELLIS_ROWS, q.shape[-2])):
+            part = q[..., t::TRELLIS_ROWS, :]  # row t of every path: indices, and whether they stand for odd multiples
+            symbols, more = symbols_of(part >> 1)
+            context = contexts[..., t::TRELLIS_ROWS, :] + (part & 1)
+            chunks.append((context * SYMBOLS + symbols).ravel().astype(np.int32))
             escapes.append(more.view(np.int32))
-            return indices[..., rows, :]
-
-        walk_trellis(indices.shape, visit)
     if chunks:
         counts = sum(np.bincount(chunk, minlength=2 * CLASSES * SYMBOLS) for chunk in chunks)
         levels = histogram_levels(counts.reshape(-1, 2, SYMBOLS))
@@ -2142,22 +2054,21 @@ def decode_trellises(tensors: dict[str, Tensor]):
     if levels.dtype != np.int8 or levels.shape != (CLASSES, 2, SYMBOLS) or levels.min() < 0:
         raise ArtifactError("the entropy coder's histograms are none")
     decoder, at = RansDecoder(states.view(np.uint32), words.view(np.uint16), frequency_tables(levels)), 0
-    if len(states) != lanes_for(sum(tensors[f"{name}.rows"].numel() * tensors[f"{name}.columns"].size(-1)
-                                    for name in names)):
-        raise ArtifactError("the number of lanes does not fit")
+    count = sum(tensors[f"{name}.rows"].numel() * tensors[f"{name}.columns"].size(-1) for name in names)
+    if len(states) != lanes_for(count) or count > MAX_WEIGHTS:
+        raise ArtifactError("the number of lanes does not fit, or there are too many indices")
     for name in names:
         contexts = trellis_contexts(tensors, name)
-        indices = np.empty(contexts.shape, np.int32)
-
-        def visit(rows: slice, odd: np.ndarray, indices=indices, contexts=contexts) -> np.ndarray:
-            nonlocal at
-            symbols = decoder.read((contexts[..., rows, :] + odd).ravel())
+        q, state = np.empty(contexts.shape, np.int32), np.zeros_like(contexts[..., ::TRELLIS_ROWS, :])
+        for t in range(min(TRELLIS_ROWS, q.shape[-2])):
+            context = contexts[..., t::TRELLIS_ROWS, :]
+            state = state[..., :context.shape[-2], :]  # the last path may be shorter
+            symbols = decoder.read((context + (state & 1)).ravel())
             begin, at = at, at + np.count_nonzero(symbols >= 1 << DIRECT_BITS)
-            indices[..., rows, :] = values_of(symbols, escapes[begin:at].view(np.uint32)).reshape(odd.shape)
-            return indices[..., rows, :]
-
-        walk_trellis(indices.shape, visit)
-        tensors[f"{name}.q"] = torch.from_numpy(indices)
+            indices = values_of(symbols, escapes[begin:at].view(np.uint32)).reshape(context.shape)
+            q[..., t::TRELLIS_ROWS, :] = 2 * indices + (state & 1)
+            state = NEXT_STATE[state, indices & 1]
+        tensors[f"{name}.q"] = torch.from_numpy(q)
     if decoder.left() or at != len(escapes):
         raise ArtifactError("the coded indices do not end where they should")
 
@@ -2281,9 +2192,8 @@ def fit_artifact(config: Config, rt: Runtime, quantizer: TrellisQuantizer, most_
     for _ in range(12):
         tensors = quantizer.quantize(price)
         artifact = pack_artifact(tensors, artifact_header(config)) if rt.main else b""
-        shared = torch.tensor([len(artifact)], device=rt.device)
-        rt.all_reduce(shared)
-        size, slope = int(shared), -0.93 * quantizer.weights / 8  # some weights have no bit left to save
+        size = rt.gather(len(artifact))[0]
+        slope = -0.93 * quantizer.weights / 8  # some weights have no bit left to save
         rt.log(f"fit: steps of 2^{price:.4f} make {size} of {most_bytes} bytes")
         if size <= most_bytes:
             best = artifact if best is None else max(best, artifact, key=len)
@@ -2307,6 +2217,8 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
     """Build the model that an artifact's tensors describe; raise ArtifactError if they do not fit its settings."""
     with torch.device("meta"):  # no initial values, which the stored ones would only replace
         model = GPT(config)
+    if sum(p.numel() for p in model.parameters()) > MAX_WEIGHTS:
+        raise ArtifactError("the artifact's settings make a huge model")
     model.to_empty(device="cpu")
     left = dict(tensors)
     with torch.no_grad():
@@ -2317,7 +2229,7 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
                 plain = dequantize(q, scale)
             elif q is not None and q.dtype == torch.int32 and q.dim() == 3 and step is not None and (
                     columns is not None) and (step.shape, columns.shape) == (q.shape[:1], q.shape[::2]):
-                plain = dequantize_trellis(q, step, columns)
+                plain = q.float() * column_steps(step, columns)
                 plain = plain.view(p.shape) if plain.numel() == p.numel() else None
             if plain is None or plain.shape != p.shape:
                 raise ArtifactError(f"the artifact has no {name} of shape {list(p.shape)}: it is another model's")
@@ -2342,7 +2254,6 @@ class Scores:
     """
 
     def __init__(self, rt: Runtime, val: ValidationData):
-        """Nothing is scored yet."""
         self.rt, self.val, self.begin = rt, val, rt.clock()
         self.nll = torch.zeros(val.targets + 1, dtype=torch.float64, device=rt.device)
         self.times_scored = torch.zeros(val.targets + 1, dtype=torch.int32, device=rt.device)
@@ -2371,10 +2282,6 @@ class Scores:
         return {"val_loss": total / self.val.targets, "val_bpb": self.val.bits_per_byte(total),
                 "seconds": self.rt.clock() - self.begin}
 
-    def single_pass(self) -> bool:
-        """Whether every target was scored exactly once (known after `finish`)."""
-        return bool((self.times_scored == 1).all())
-
 
 def windows(config: Config, targets: int, stride: int) -> list[tuple[int, int]]:
     """Cover all targets, each once, by (start of the window, number of its last targets that it scores).
@@ -2393,7 +2300,7 @@ def windows_at_once(config: Config, rt: Runtime) -> int:
 
 @torch.no_grad()
 def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores, chosen: list[tuple[int, int]],
-                  progress: Progress | None = None):
+                  stage: str = "scoring"):
     """Score this rank's share of the `chosen` windows: the one way in which any target gets its score.
 
     A window is (start, count): inputs are EVAL_SEQ_LEN tokens from `start`, scored are its last `count` targets.
@@ -2403,25 +2310,22 @@ def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores,
     batch = windows_at_once(config, rt)
     mine = rt.own(chosen)
     for count in sorted({count for _, count in mine}, reverse=True):
-        starts = [start for start, n in mine if n == count]
-        for begin in range(0, len(starts), batch):
-            part = starts[begin:begin + batch]
-            start = torch.tensor(part + [val.targets] * (batch - len(part)), device=rt.device)[:, None]
-            inside = start + torch.arange(length, device=rt.device)  # [B, T] token positions
+        starts = torch.tensor([start for start, n in mine if n == count], device=rt.device)
+        starts = F.pad(starts, (0, -len(starts) % batch), value=val.targets)
+        for start in rt.told(stage, starts.split(batch)):
+            inside = start[:, None] + torch.arange(length, device=rt.device)  # [B, T] token positions
             ids = val.tokens[inside.clamp(max=val.targets)].long()
             positions = inside[:, -count:]
             targets = val.tokens[(positions + 1).clamp(max=val.targets)].long()
             scores.add(positions, nll_fn(ids, targets))
             if config.ppm_enabled and isinstance(nll_fn, ByteShares):
                 nll_fn.keep(positions)
-            if progress:
-                progress.at(min(begin + batch, len(starts)))
 
 
 def evaluate(config: Config, rt: Runtime, nll_fn: Callable, val: ValidationData, stride: int, stage: str) -> Scores:
     """Score the split with windows every `stride` tokens; a stride of EVAL_SEQ_LEN is the plain evaluation."""
-    scores, chosen = Scores(rt, val), windows(config, val.targets, stride)
-    score_windows(config, rt, nll_fn, scores, chosen, Progress(rt, stage, len(chosen) // rt.world))
+    scores = Scores(rt, val)
+    score_windows(config, rt, nll_fn, scores, windows(config, val.targets, stride), stage)
     return scores
 
 
@@ -2440,8 +2344,7 @@ def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll
         members[(start + config.eval_seq_len - count) // chunk].append((start, count))
     grads = bind_gradients(list(model.parameters()))
     optimizer = torch.optim.SGD(model.parameters(), lr=config.ttt_lr, momentum=config.ttt_momentum)
-    progress = Progress(rt, "TTT", chunks)
-    for number, chosen in enumerate(members):
+    for number, chosen in enumerate(rt.told("TTT", members)):
         score_windows(config, rt, nll_fn, scores, chosen)
         if (chunks - 1 - number) % -(-chunks // 32) == 0 and rt.own(chosen):
             look(scores, rt.own(chosen))
@@ -2449,7 +2352,6 @@ def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll
             cosine = 0.5 * (1 + math.cos(math.pi * number / max(chunks - 1, 1)))
             optimizer.param_groups[0]["lr"] = config.ttt_lr * cosine
             adapt(config, rt, loss_fn, optimizer, grads, scores.release(number * chunk, (number + 1) * chunk))
-        progress.at(number + 1)
     return scores
 
 
@@ -2457,12 +2359,8 @@ def adapt(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim
           tokens: Tensor):
     """Run TTT_EPOCHS epochs of SGD on the sequences of one scored chunk, tokens [C + 1]; the ranks share each batch."""
     length = config.eval_seq_len
-    sequences = tokens.unfold(0, length + 1, length).long()  # [sequences, length + 1]
     for _ in range(config.ttt_epochs):
-        for batch in sequences.split(config.ttt_batch_seqs):
-            mean_gradient(rt, loss_fn, grads, batch)
-            bound_norm(grads, config.ttt_grad_clip)
-            optimizer.step()
+        descend(config, rt, loss_fn, optimizer, grads, tokens.unfold(0, length + 1, length))
 
 
 # A byte mixture of the model and PPM-D (PPM_ENABLED, after PR #1858's experiment) that is a distribution over tokens: a
@@ -2788,19 +2686,10 @@ class ByteShares:
         return self.share.cpu().numpy(), self.rest.cpu().numpy()
 
 
-def last_stage(config: Config) -> str:
-    """The stage whose scores are mixed: the last that is scored from the artifact."""
-    return "ttt" if config.ttt_enabled else "sliding" if config.sliding_window_enabled else "quantized"
-
-
 def predict_split(config: Config, rt: Runtime, mixture: ByteShares) -> np.ndarray:
     """PPM's predictions of the whole split, [bytes]: work for a thread of its own, beside the model's evaluation."""
-    ppm, rows, found = PPM(mixture.trie), mixture.rows, []
-    progress = Progress(rt, "PPM", len(rows))
-    for begin in range(0, len(rows), 1 << 20):
-        found.append(ppm.predict(rows[begin:begin + (1 << 20)], config.ppm_mode == "spread"))
-        progress.at(min(begin + (1 << 20), len(rows)))
-    return np.concatenate(found)
+    ppm, pieces = PPM(mixture.trie), np.array_split(mixture.rows, 1 + len(mixture.rows) // 2**20)
+    return np.concatenate([ppm.predict(rows, config.ppm_mode == "spread") for rows in rt.told("PPM", pieces)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2820,27 +2709,29 @@ class Record:
     """
 
     STAGES = ("prequant", "prequant_ttt", "quantized", "sliding", "ttt")
-    MEASURED = ("steps", "train_seconds", "calibration_seconds", "quantize_seconds", "artifact_seconds", "step_ms",
-                "tokens_per_second", "peak_memory_mib", "train_sha256", "val_tokens", "val_bytes", "val_sha256",
-                "tokenizer_sha256", *STAGES, "ppm", "artifact_bytes", "code_bytes", "total_bytes", "artifact_sha256",
-                "code_sha256", "eval_seconds", "stopped", "compliant")
+    KEYS = ("run_id", "mode", "preset", "seed", "settings", "date", "hardware", "world_size", "python", "torch",
+            "attention_backend", "source_sha256", "steps", "train_seconds", "calibration_seconds", "quantize_seconds",
+            "artifact_seconds", "step_ms", "tokens_per_second", "peak_memory_mib", "train_sha256", "val_tokens",
+            "val_bytes", "val_sha256", "tokenizer_sha256", *STAGES, "ppm", "artifact_bytes", "code_bytes",
+            "total_bytes", "artifact_sha256", "code_sha256", "eval_seconds", "stopped", "compliant", "checks")
 
     def __init__(self, config: Config, rt: Runtime, run_id: str):
         """Begin the record with what is known before any work; everything not yet measured is null."""
         self.rt, self.path = rt, Path(config.log_dir) / f"{run_id}.json"
-        self.data = {
-            "run_id": run_id, "mode": config.mode, "preset": config.preset, "seed": config.seed,
-            "settings": config.non_defaults(), "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "hardware": rt.hardware(), "world_size": rt.world, "python": platform.python_version(),
-            "torch": torch.__version__, "attention_backend": rt.attention, "source_sha256": sha256(SOURCE),
-            **dict.fromkeys(self.MEASURED), "checks": []}
+        self.data = {**dict.fromkeys(self.KEYS), "checks": []}
+        self.set(run_id=run_id, mode=config.mode, preset=config.preset, seed=config.seed,
+                 settings=config.non_defaults(), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                 hardware=rt.hardware(), world_size=rt.world, python=platform.python_version(),
+                 torch=torch.__version__, attention_backend=rt.attention, source_sha256=sha256(SOURCE))
 
     def set(self, **values) -> bytes:
-        """Enter figures and write the file; returns its content."""
+        """Enter and log figures and write the file; returns its content."""
         self.data.update(values)
         content = (json.dumps(self.data, indent=2) + "\n").encode()
         if self.rt.main:
             write_file(self.path, content)
+        for line in record_lines(values):
+            self.rt.log(line)
         return content
 
     @contextlib.contextmanager
@@ -2849,8 +2740,8 @@ class Record:
         try:
             yield self
         except BaseException as error:
-            self.rt.log(f"stopped: {error!r}")
-            self.set(stopped=repr(error))
+            with contextlib.suppress(OSError):  # a full disk must not hide what happened
+                self.set(stopped=repr(error))
             raise
 
     def seal(self):
@@ -2869,8 +2760,9 @@ class Record:
         """Log and enter a finished evaluation, and check that it scored every target once."""
         result = scores.finish()
         self.rt.log(f"{label} {score_line(result)}")
-        self.check(f"single_pass_{name}", scores.single_pass(),
-                   f"{int((scores.times_scored == 1).sum())} of {scores.val.targets} targets scored exactly once")
+        once = int((scores.times_scored == 1).sum())
+        self.check(f"single_pass_{name}", once == len(scores.times_scored) == scores.val.targets,
+                   f"{once} of {scores.val.targets} targets scored exactly once")
         if name == "ttt":
             self.check(f"score_before_update_{name}", not scores.early,
                        f"{scores.released} targets trained on, {int(scores.early)} of them without a final score")
@@ -2891,6 +2783,12 @@ def score_mixture(record: Record, config: Config, mixture: ByteShares, shares: t
               "seconds": record.rt.clock() - begin}
     record.rt.log(f"quantized_ppm {score_line(result)}")
     record.set(ppm=result)
+
+
+def record_lines(values: Mapping[str, object]) -> list[str]:
+    """What the log says of a record's entries but the scores and checks, which have lines of their own."""
+    return [f"{key}: {assignments(value) if key == 'settings' else value}" for key, value in values.items()
+            if value is not None and key not in (*Record.STAGES, "ppm", "checks")]
 
 
 def score_line(result: Mapping[str, float]) -> str:
@@ -2936,11 +2834,11 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
 def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
     """Numbers (uint64) of passages of 256 letters, the same for the same text, wherever it stands.
 
-    Letters alone count, in lower case: cutting documents or words elsewhere, or other blanks, changes none. A passage
+    Letters of ASCII alone count, in lower case: cutting documents or words elsewhere changes none. A passage
     begins where a hash of its first 8 letters says so, about every 512. The hash depends on the split and the salt: who
     alters a text so that it has no passages has other ones.
     """
-    known = [re.sub(rb"[\0-`{-\x7f]", b"", token_bytes(val.tokenizer, token, False).lower())
+    known = [re.sub(b"[^a-z]", b"", token_bytes(val.tokenizer, token, False).lower())
              for token in range(val.tokenizer.vocab_size())]
     length, letters = np.array([*map(len, known)]), np.frombuffer(b"".join(known), np.uint8)
     offset, keys, text = length.cumsum() - length, [], letters[:0]
@@ -2973,13 +2871,6 @@ def check_held_out(record: Record, val: ValidationData, data: TrainData):
                  f"{copied} of {len(keys)} passages of the split stand in the training shards of {shortest}+ tokens")
 
 
-def check_unchanged(record: Record, data: TrainData):
-    """See that what was trained on is what was hashed: shards are mapped into memory, and a new content shows there."""
-    changed = torch.tensor(sum(a != b for a, b in zip(data.opened, data.stamps())), device=record.rt.device)
-    record.rt.all_reduce(changed)
-    record.check("shards_unchanged", not changed, f"{changed} of the training shards changed")
-
-
 def artifact_draw(record: Record) -> np.random.Generator:
     """Random numbers that follow from artifact and rank: the same in every run, and known to nobody before."""
     return np.random.default_rng((int(record.data["artifact_sha256"], 16), record.rt.rank))
@@ -3001,14 +2892,14 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
         before, after = int(same[:, :cut].sum()), int(same[:, cut:].sum())
         ok = ok and before == rows * cut and after < rows * (length - cut) / 2  # by chance, a few may be
         kept[cut] = [before, rows * cut, after]
-    record.check("causal", ok, f"other tokens from a place on leave as they are, of the scores before it, and of those "
-                 f"after: {kept}")
+    record.check("causal", all(record.rt.gather(ok)), "other tokens from a place on leave as they are, of the scores "
+                 f"before it, and of those after: {kept}")
     candidates = torch.arange(vocab, device=tokens.device)[:, None].split(max(1, record.rt.micro_batch_tokens // 9))
     mass = 0.0
     for c in candidates:  # each is the target of the last place but one, and stands in the input after it
         ids = torch.cat((tokens[0, :8].expand(len(c), -1), c), 1)
         mass += float(model.nll(ids, c.expand(-1, 2))[:, 0].neg().exp().sum())
-    record.check("normalized", abs(mass - 1) < 1e-3,
+    record.check("normalized", all(record.rt.gather(abs(mass - 1) < 1e-3)),
                  f"the probabilities of all {vocab} tokens at one place add up to {mass:.7f}")
 
 
@@ -3055,7 +2946,6 @@ def final_checks(record: Record, config: Config, val: ValidationData):
         missing = sorted({*wanted} - {check["name"] for check in data["checks"]})
         record.check("complete", not missing, f"missing checks: {missing}")
         record.set(compliant=all(check["ok"] for check in data["checks"]))
-        record.rt.log(f"compliant: {data['compliant']}")
     else:
         record.rt.log("compliant: see the training run")
 
@@ -3087,8 +2977,10 @@ class SourceStripper(ast.NodeTransformer):
     EXPLANATIONS = ("HOW_TO_GET_DATA", "allowed_values")
 
     def __init__(self, packed_for: Mapping[str, tuple[str, ...]]):
-        """Note which values of which settings the packed script is for."""
-        self.packed_for = packed_for
+        values = {name: values[0] for name, values in packed_for.items() if len(values) == 1}
+        config = types.SimpleNamespace(**values)
+        self.packed_for, self.known = packed_for, {**values, "PACKED": True, "ALIASES": config.preset in ALIASES,
+                                                   "config": config, "self": types.SimpleNamespace(config=config)}
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         """Put line and values where a sentence stands."""
@@ -3119,6 +3011,8 @@ class SourceStripper(ast.NodeTransformer):
     def visit_Assign(self, node: ast.Assign) -> ast.stmt:
         """Keep the preset that the script is packed for, and the constraints that it leaves open."""
         name = getattr(node.targets[0], "id", "")
+        if name == "PACKED":
+            node.value = ast.Constant(True)
         if name in ("PRESETS", "ALIASES"):
             kept = [item for item in zip(node.value.keys, node.value.values)
                     if item[0].value in self.packed_for["preset"]]
@@ -3128,49 +3022,14 @@ class SourceStripper(ast.NodeTransformer):
                 word in self.packed_for for word in re.findall(r"\w+", rule.value) if hasattr(Config, word))]
         return self.generic_visit(node)
 
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        """Decide PACKED, and whether the preset has aliases."""
-        decided = {"PACKED": True, **({} if {*ALIASES} & {*self.packed_for["preset"]} else {"ALIASES": False})}
-        return ast.Constant(decided[node.id]) if node.id in decided and isinstance(node.ctx, ast.Load) else node
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        """Put in the value of a setting that the script is packed for."""
-        values = self.packed_for.get(re.sub(r"^(self[.])?config[.]", "", ast.unparse(node)), ())
-        return ast.Constant(values[0], kind="setting") if len(values) == 1 else self.generic_visit(node)
-
-    def visit_Compare(self, node: ast.Compare) -> ast.expr:
-        """Decide a comparison with a setting that the script is packed for."""
-        self.generic_visit(node)
-        values = self.packed_for.get(re.sub("^config[.]", "", ast.unparse(node.left)), ())
-        if isinstance(node.left, ast.Constant):
-            values = (node.left.value,)
-        value, operator = getattr(node.comparators[0], "value", None), type(node.ops[0])
-        if values and operator in (ast.Eq, ast.NotEq) and (value not in values or len(values) == 1):
-            return ast.Constant((value in values) == (operator is ast.Eq))
-        return node
-
-    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.expr:
-        """Decide `not` of what is decided."""
-        self.generic_visit(node)
-        value = getattr(node.operand, "value", None)
-        decided = isinstance(value, bool) or getattr(node.operand, "kind", "") == "setting"
-        return ast.Constant(not value) if decided and isinstance(node.op, ast.Not) else node
-
-    def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
-        """Decide `and` and `or` as far as their parts are decided."""
-        decisive = isinstance(node.op, ast.Or)
-        parts = [self.visit(part) for part in node.values]
-        truths = [bool(part.value) if isinstance(getattr(part, "value", None), bool) or
-                  getattr(part, "kind", None) == "setting" else None for part in parts]
-        node.values = [part for part, truth in zip(parts, truths) if truth is not (not decisive)]
-        if any(truth is decisive for truth in truths):
-            return ast.Constant(decisive)
-        return node if len(node.values) > 1 else (*node.values, ast.Constant(not decisive))[0]
-
     def visit_If(self, node: ast.If | ast.IfExp) -> ast.AST | list[ast.stmt]:
-        """Keep the branch that is taken, where that is decided."""
+        """Keep the branch that is taken, where PACKED and the settings packed for decide it."""
         self.generic_visit(node)
-        return (node.body if node.test.value else node.orelse) if isinstance(node.test, ast.Constant) else node
+        try:
+            taken = eval(ast.unparse(node.test), {"__builtins__": {}}, self.known)
+        except (NameError, AttributeError):  # it depends on what is known in the run alone
+            return node
+        return node.body if taken else node.orelse
 
     visit_IfExp = visit_If
 
@@ -3209,7 +3068,7 @@ def drop_unused(tree: ast.Module):
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     for node in tree.body:
         if isinstance(node, ast.ImportFrom):
-            node.names = [alias for alias in node.names if alias.name in used]
+            node.names = [alias for alias in node.names if (alias.asname or alias.name) in used]
     tree.body = [node for node in tree.body if getattr(node, "names", True)]
     makers: dict[str, ast.stmt] = {name: node for node in tree.body for name in defined_names(node)}
     wanted, kept = [node for node in tree.body if not defined_names(node)] + [makers.get("SOURCE")], set()
@@ -3419,11 +3278,9 @@ def told_by(record: Mapping[str, object]) -> list[str]:
     checks = [(check["name"], check["ok"]) for check in record["checks"]]
     if record["compliant"] not in (None, ("complete", True) in checks and all(ok for _, ok in checks)):
         raise ValueError("its checks do not make it what `compliant` says")
-    return [*(f"{key}: {record[key]}\n" for key in (
-        "run_id", "mode", "hardware", "world_size", "source_sha256", "train_sha256", "val_tokens", "val_bytes",
-        "val_sha256", "tokenizer_sha256", "artifact_sha256", "code_sha256") if record[key] is not None),
+    return [*(f"{line}\n" for line in record_lines(record)),
             *(f"check {name}: {'ok' if ok else 'FAILED'} (" for name, ok in checks),
-            *(f" {score_line(record[stage])}\n" for stage in Record.STAGES if record[stage])]
+            *(f" {score_line(record[stage])}\n" for stage in (*Record.STAGES, "ppm") if record[stage])]
 
 
 def read_records(config: Config) -> list[dict]:
@@ -3437,7 +3294,7 @@ def read_records(config: Config) -> list[dict]:
                 raise ValueError("its log does not end with the SHA-256 of both: the run did not end, or one was "
                                  "changed")
             records.append(json.loads(content))
-            missing = {"checks", "settings", *Record.MEASURED} - set(records[-1])
+            missing = {*Record.KEYS} - {*records[-1]}
             if missing:
                 raise ValueError(f"without {', '.join(sorted(missing))}")
             results_table(records[-1:])
@@ -3445,8 +3302,8 @@ def read_records(config: Config) -> list[dict]:
                 raise ValueError("settings or hardware are none")
             text = log.decode()
             untold = [line for line in told_by(records[-1]) if line not in text]
-            if untold:
-                raise ValueError(f"its log does not say {untold[0]!r}")
+            if untold or text.count("\ncheck ") != len(records[-1]["checks"]):
+                raise ValueError(f"its log does not say {untold[:1]}, or tells of other checks")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"RECORDS: {path} is no record of a run ({error!r})") from error
     if not records:
@@ -3530,13 +3387,16 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
             if p.name in files:
                 raise UsageError(f"two files of the submission would be called {p.name}: rename the run")
             files[p.name] = p.read_bytes()
+    strangers = sorted({path.name for path in folder.glob("*")} - {*files})
+    if strangers:
+        raise UsageError(f"{folder} holds {', '.join(strangers)} already: remove them or change SUBMISSION_NAME")
     for name, data in files.items():
         write_file(folder / name, data)
     machine = {name: value for name, value in os.environ.items() if not hasattr(Config, name.lower())}  # no settings
     with tempfile.TemporaryDirectory() as other:
-        subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, check=True, stdout=subprocess.DEVNULL,
-                       env={**machine, "MODE": "pack", "OUT_DIR": other})
-        if Path(other, "train_gpt.py").read_bytes() != (folder / "train_gpt.py").read_bytes():
+        done = subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, stdout=subprocess.DEVNULL,
+                              env={**machine, "MODE": "pack", "OUT_DIR": other})
+        if done.returncode or Path(other, "train_gpt.py").read_bytes() != code:
             raise UsageError(f"{folder}/train_gpt.py does not pack to itself")
     return folder
 
@@ -3574,12 +3434,12 @@ def collect(config: Config):
     draw_runs(config, records)
     check_alike(records)
     submission = make_submission(config, records)
-    write_file(Path("submission.json"), (json.dumps(submission, indent=2) + "\n").encode())
-    marked = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
-    if readme.is_file() and marked.search(text := readme.read_text(encoding="utf-8")):
-        write_file(readme, marked.sub(lambda m: f"{m[1]}{table}\n{m[2]}", text).encode())
     if config.submission_name:
         print(f"{write_submission_folder(config, records, submission)}: ready for a pull request")
+    write_file(Path("submission.json"), (json.dumps(submission, indent=2) + "\n").encode())
+    marked = re.compile(b"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
+    if readme.is_file() and marked.search(text := readme.read_bytes()):
+        write_file(readme, marked.sub(lambda _: f"{table}\n".encode(), text))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3590,24 +3450,18 @@ def collect(config: Config):
 def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
     """Seed everything, open log and record, and say what runs on what; raise UsageError if ranks differ in it."""
     for what, value in (("settings", assignments(config.non_defaults())), ("code", sha256(SOURCE)),
-                        ("device", rt.hardware()), ("validation tokens", val.sha256),
+                        ("device", rt.hardware()), ("attention", rt.attention), ("validation tokens", val.sha256),
                         ("tokenizer", val.tokenizer_sha256)):
         rt.check_alike(what, value)
-    random.seed(config.seed)
-    np.random.seed(config.seed)
     torch.manual_seed(config.seed)
     run_id = config.run_id or f"{config.preset}_seed{config.seed}_{time.strftime('%Y%m%d_%H%M%S')}"
     rt.open_log(Path(config.log_dir) / f"{run_id}.txt")
     record = Record(config, rt, run_id)
     record.set(val_tokens=val.targets, val_bytes=val.bytes, val_sha256=val.sha256,
                tokenizer_sha256=val.tokenizer_sha256)
-    for key in ("run_id", "mode", "preset", "hardware", "world_size", "python", "torch", "attention_backend",
-                "source_sha256", "val_tokens", "val_bytes", "val_sha256", "tokenizer_sha256"):
-        rt.log(f"{key}: {record.data[key]}")
     if ALIASES:
         for name, meant in ALIASES.get(os.environ.get("PRESET"), {}).items():
             rt.log(f"{name} means {meant} in {config.preset}")
-    rt.log(f"settings: {assignments(config.non_defaults())}")
     return record
 
 
@@ -3631,12 +3485,16 @@ def run_training(config: Config, rt: Runtime):
     with rt.agree():  # nobody looks for the corpus before it is written
         if config.corpus == "embedded" and rt.main:
             write_embedded_corpus(config)
+    code_bytes = len(pack_source(SOURCE, config))
+    if config.target_bytes <= code_bytes:
+        raise UsageError(f"TARGET_BYTES={config.target_bytes}, but the code alone has {code_bytes}")
     val, data = ValidationData(config, rt, load_tokenizer(config)), TrainData(config, rt)
+    if config.prequant_ttt_enabled and val.targets < config.train_seq_len:
+        raise UsageError(f"PREQUANT_TTT_ENABLED=1 needs {config.train_seq_len} validation tokens (TRAIN_SEQ_LEN)")
     rt.check_alike("training shards", data.sha256)
     with begin(config, rt, val).kept() as record:
         check_split(record, val)
         record.set(train_sha256=data.sha256)
-        rt.log(f"train_sha256: {data.sha256}")
         check_held_out(record, val, data)
         model = GPT(config).to_compute(rt)
         rt.log(f"model_params: {sum(p.numel() for p in model.parameters())}")
@@ -3648,11 +3506,12 @@ def run_training(config: Config, rt: Runtime):
         try:
             initial = sha256(weights_file(model))
             warm_up(config, rt, model, loss_fn, data)
-            record.check("warm_up_undone", sha256(weights_file(model)) == initial, "the weights are the initial ones")
-            start = rt.spent()  # from here to the artifact all but scoring counts
-            result = train(config, rt, model, loss_fn, data, lambda: score_line(validate().finish()))
-            record.set(steps=result.steps, train_seconds=result.seconds, step_ms=1000 * result.seconds / result.steps,
-                       tokens_per_second=round(result.steps * config.train_batch_tokens / result.seconds))
+            record.check("warm_up_undone", all(rt.gather(sha256(weights_file(model)) == initial)),
+                         "the weights are the initial ones")
+            start = rt.clock()  # from here to the artifact all but scoring counts
+            steps, seconds = train(config, rt, model, loss_fn, data, lambda: score_line(validate().finish()))
+            record.set(steps=steps, train_seconds=seconds, step_ms=1000 * seconds / steps,
+                       tokens_per_second=round(steps * config.train_batch_tokens / seconds))
             with rt.pause():
                 record.stage("prequant", "pre-quantization post-ema", validate("prequant"))
             if config.prequant_ttt_enabled:
@@ -3665,14 +3524,15 @@ def run_training(config: Config, rt: Runtime):
                 with rt.pause():
                     record.stage("prequant_ttt", "pre-quantization post-ttt", validate("prequant_ttt"))
             artifact = make_artifact(config, rt, record, model, data.in_order(1))
-            record.set(artifact_seconds=rt.spent() - start)
-            check_unchanged(record, data)
-        except RunStopped:
-            write_output(config, rt, "stopped_model.pt", weights_file(model))
+            record.set(artifact_seconds=rt.clock() - start)
+            changed = sum(rt.gather(data.opened != data.stamps()))  # a new content of a mapped file shows at once
+            record.check("shards_unchanged", not changed, f"on {changed} ranks the training shards' files have changed")
+        except Exception:
+            with contextlib.suppress(OSError):
+                write_files(config, rt, {"stopped_model.pt": weights_file(model)})
             raise
-        for name, content in (("final_model.pt", weights_file(model)), (ARTIFACT_NAME, artifact),
-                              ("train_gpt.py", pack_source(SOURCE, config))):
-            write_output(config, rt, name, content)
+        write_files(config, rt, {"final_model.pt": weights_file(model), ARTIFACT_NAME: artifact,
+                                 "train_gpt.py": pack_source(SOURCE, config)})
         stored = rt.gather(Path(config.out_dir, ARTIFACT_NAME).read_bytes() if rt.main else None)[0]
         if rt.main and stored != artifact:
             raise ArtifactError(f"another run has written to OUT_DIR={config.out_dir} meanwhile")
@@ -3707,10 +3567,10 @@ def weights_file(model: GPT) -> bytes:
     return file.getvalue()
 
 
-def write_output(config: Config, rt: Runtime, name: str, data: bytes):
-    """Write a file to OUT_DIR, on rank 0."""
-    if rt.main:
-        write_file(Path(config.out_dir) / name, data)
+def write_files(config: Config, rt: Runtime, files: Mapping[str, bytes]):
+    """Write files to OUT_DIR, on rank 0."""
+    for name, data in files.items() if rt.main else ():
+        write_file(Path(config.out_dir, name), data)
 
 
 def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationData, artifact: bytes):
@@ -3720,8 +3580,6 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
            f"Total submission size quantized+{config.compressor}: {len(code) + len(artifact)} bytes")
     record.set(artifact_bytes=len(artifact), code_bytes=len(code), total_bytes=len(code) + len(artifact),
                artifact_sha256=sha256(artifact), code_sha256=sha256(code))
-    for key in ("artifact_sha256", "code_sha256"):
-        rt.log(f"{key}: {record.data[key]}")
     # The same artifact must get the same score again: embedding gradients, above all, are sums in any order otherwise.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -3740,8 +3598,8 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
         begin, mixture = rt.clock(), ByteShares(rt, val, ByteTrie(val.tokenizer, rt.device), model)
         predicted = ThreadPoolExecutor(1).submit(predict_split, config, rt, mixture) if rt.main else None
     for stage, label, stride in walks:
-        scores = evaluate(config, rt, mixture if config.ppm_enabled and stage == last_stage(config) else nll_fn, val,
-                          stride, stage)
+        last = config.ppm_enabled and not config.ttt_enabled and stage == walks[-1][0]
+        scores = evaluate(config, rt, mixture if last else nll_fn, val, stride, stage)
         record.stage(stage, label, scores)
         chosen = windows(config, val.targets, stride)
         check_entered(record, scores, stage, [look(scores, chosen) for _ in rt.share(32)], most)
@@ -3796,8 +3654,10 @@ def read_config(env: Mapping[str, str]) -> Config:
         if not isinstance(stored, dict):
             raise ArtifactError("the artifact does not say which settings it was made with")
     config = Config.from_env(env, stored)
-    if config.mode in ("train", "pack") and Path(__file__).resolve() == Path(config.out_dir, "train_gpt.py").resolve():
-        raise UsageError(f"OUT_DIR={config.out_dir} is this script's own folder: the packed script would overwrite it")
+    made = Path(config.out_dir, "train_gpt.py").resolve()
+    if config.mode in ("train", "pack") and made.is_file() and (
+            made == Path(__file__).resolve() or not made.read_bytes().startswith(PACKED_FIRST_LINE)):
+        raise UsageError(f"OUT_DIR={config.out_dir} holds a script, which the packed one would overwrite")
     return config
 
 
@@ -3835,11 +3695,11 @@ def main():
     try:
         refuse_code_beside()
         config = read_config(os.environ)
-        if config.mode == "help":
+        if not PACKED and config.mode == "help":
             return print_help()
         if config.mode == "pack":
             return run_pack(config)
-        if config.mode == "collect":
+        if not PACKED and config.mode == "collect":
             return collect(config)
         rt = Runtime(config)
         rt.catch_signals()

@@ -1,4 +1,4 @@
-"""Figures, not tests: python tests/bench.py speed|quantization|presets [--data DIR] [--weights FILE] [--json FILE]
+"""Figures, not tests: python tests/bench.py WHAT [--data DIR] [--weights FILE] [--json FILE]
 
 `speed` times training steps of the small model of the README's 200-step run, without and with loops, in this script's
 form and written plainly (one product per matrix, F.rms_norm, whole logits, micro-batches of 2048 tokens, as the
@@ -13,6 +13,10 @@ Hessians have random eigenvectors and eigenvalues that spread by 0, 2 and 4 dB (
 
 `presets` runs the four published systems end to end, scaled down alike to the README's 200-step run (--steps: another
 number), on --data's SP8192 and SP4096 shards, each in a process of its own: some half an hour each on 2 CPU cores.
+
+`memory` adds up the tensors that one rank would hold at a time on a GPU, full preset with loops on, for some values of
+MICRO_BATCH_TOKENS: the script's own code runs on tensors without values (PyTorch's meta device) in bf16, uncompiled,
+with attention that keeps its inputs and its output, as the fused kernels do. An estimate, not a measurement.
 """
 import argparse
 import json
@@ -23,11 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+import weakref
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -253,16 +260,10 @@ def coder_overhead(tensors: dict[str, torch.Tensor]) -> float | None:
         return None
     ideal, counts = 0.0, {}
     for name in [k[:-8] for k in tensors if k.endswith(".columns")]:
-        indices, contexts = tensors[f"{name}.q"].numpy(), train_gpt.trellis_contexts(tensors, name)
-
-        def visit(rows, odd, indices=indices, contexts=contexts):
-            for pair, n in zip(*np.unique((contexts[..., rows, :] + odd << 32) + indices[..., rows, :],
-                                          return_counts=True)):
-                counts.setdefault(int(pair + 2**31) >> 32, {}).setdefault(int(pair), 0)
-                counts[int(pair + 2**31) >> 32][int(pair)] += int(n)
-            return indices[..., rows, :]
-
-        train_gpt.walk_trellis(indices.shape, visit)
+        q, contexts = tensors[f"{name}.q"].numpy(), train_gpt.trellis_contexts(tensors, name)
+        for pair, n in zip(*np.unique((contexts + (q & 1) << 32) + (q >> 1), return_counts=True)):
+            counts.setdefault(int(pair + 2**31) >> 32, {})[int(pair)] = int(n) + counts.get(
+                int(pair + 2**31) >> 32, {}).get(int(pair), 0)
     for histogram in counts.values():
         n = np.array(list(histogram.values()))
         ideal -= float((n * np.log2(n / n.sum())).sum())
@@ -321,9 +322,79 @@ def presets(data_dir: str, steps: int, log_dir: Path | None) -> list[dict]:
     return rows
 
 
+class FusedAttention(torch.autograd.Function):
+    """What a fused attention kernel has in memory; no values."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return tuple(map(torch.empty_like, ctx.saved_tensors[:3]))
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of all tensors' storages while they live: `live` now, `peak` at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = {}
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.known:
+                self.known[storage._cdata] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.free, storage._cdata)
+        return result
+
+    def free(self, key: int):
+        self.live -= self.known.pop(key)
+
+    def most(self, function, *arguments) -> float:
+        """GiB that live at most during a call."""
+        self.peak = self.live
+        function(*arguments)
+        return round(self.peak / 2**30, 2)
+
+
+def memory(tokens: int) -> dict:
+    """GiB that each stage would hold at most with these MICRO_BATCH_TOKENS."""
+    config, rt = Config.from_env({"GPTQ_CALIBRATION_BATCHES": "1"}), Runtime(Config(micro_batch_tokens=tokens))
+    rt.dtype, rt.device = torch.bfloat16, torch.device("meta")
+    rt.all_reduce = lambda tensor: None
+    train_gpt.HEAD_CHUNK_TOKENS["meta"] = train_gpt.HEAD_CHUNK_TOKENS["cuda"]
+    train_gpt.causal_attention = lambda q, k, v, kernel: FusedAttention.apply(q, k, v)
+    with Allocations() as allocations, rt.device:
+        model = GPT(config).to_compute(rt)
+        model.looping = True
+        optimizer, average = Optimizer(config, rt, model), WeightAverage(config, model)
+        ids = torch.zeros(tokens // config.train_seq_len, config.train_seq_len, dtype=torch.int64)
+        windows = ids[:train_gpt.windows_at_once(config, rt)]
+        data = types.SimpleNamespace(batch=lambda number: [(ids, ids)])
+
+        def step():
+            model(ids, ids).backward()
+            optimizer.clip(optimizer.momenta)
+            average.update(1, 1.0)
+
+        return {"micro_batch_tokens": tokens, "weights_and_states_gib": round(allocations.live / 2**30, 2),
+                "training_gib": allocations.most(step),
+                "scoring_gib": allocations.most(torch.no_grad()(model.nll), windows, windows),
+                "hessians_gib": allocations.most(train_gpt.collect_hessians, config, rt, model, data),
+                "sensitivities_gib": allocations.most(train_gpt.collect_sensitivities, config, rt, model, data)}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["speed", "quantization", "presets"])
+    parser.add_argument("what", choices=["speed", "quantization", "presets", "memory"])
     parser.add_argument("--data", help="DATA_DIR with SP8192 shards; without it, random tokens")
     parser.add_argument("--weights", type=Path, help="quantization: final_model.pt of the 200-step run")
     parser.add_argument("--full", action="store_true", help="quantization: random weights at full size")
@@ -337,6 +408,7 @@ def main():
             train_gpt.write_shard(Path(folder) / "datasets/fineweb10B_sp8192/fineweb_train_000000.bin", tokens)
         data = arguments.data or folder
         rows = {"speed": lambda: speed(data), "presets": lambda: presets(data, arguments.steps, arguments.logs),
+                "memory": lambda: [memory(tokens) for tokens in (98304, 49152, 16384, 8192)],
                 "quantization": lambda: full_size() if arguments.full else quantization(data, arguments.weights),
                 }[arguments.what]()
     print(" | ".join(rows[0]))

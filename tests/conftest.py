@@ -163,6 +163,17 @@ def pytest_runtestloop(session):
     return True
 
 
+def path_of(indices: torch.Tensor) -> torch.Tensor:
+    """Integers of the trellis paths that have these indices [..., out, in]: any indices are some path's."""
+    indices = indices.numpy()
+    integers, state = np.empty_like(indices), np.zeros((*indices.shape[:-2], indices.shape[-1]), np.int32)
+    for row in range(indices.shape[-2]):
+        state *= row % 128 > 0
+        integers[..., row, :] = 2 * indices[..., row, :] + state % 2
+        state = train_gpt.NEXT_STATE[state, indices[..., row, :] % 2]
+    return torch.from_numpy(integers)
+
+
 @pytest.fixture(scope="session")
 def rt() -> train_gpt.Runtime:
     """The runtime of one CPU rank."""

@@ -106,7 +106,7 @@ def test_every_setting_has_a_meaning_and_numbers_have_a_range():
 @pytest.mark.parametrize("wrong, meant", [
     ("TTT_EPOCH", "TTT_EPOCHS"), ("MUON_MOMENTM", "MUON_MOMENTUM"), ("SEEED", "SEED"),
     ("MATRIX_LEARNING_RATE", "MATRIX_LR"), ("TRAIN_BATCH_TOKEN", "TRAIN_BATCH_TOKENS"),
-    ("ITERATION", "ITERATIONS"), ("QK_GAIN", "QK_GAIN_INIT")])
+    ("ITERATION", "ITERATIONS"), ("QK_GAIN", "QK_GAIN_INIT"), ("MAX_WALLCLOCK", "MAX_WALLCLOCK_SECONDS")])
 def test_misspelt_name_is_reported_with_the_likely_one(wrong, meant):
     assert f"{wrong} is no setting; did you mean {meant}?" in error_of(**{wrong: 1})
 
@@ -132,6 +132,11 @@ def test_ordinary_environments_are_left_alone():
 def test_bad_value_names_variable_value_and_what_is_allowed(name, value, allowed):
     message = error_of(**{name: value})
     assert f"{name}={value!r} is not allowed" in message and allowed in message
+
+
+@pytest.mark.parametrize("layers", ["1" * 5000, "1," * 300])
+def test_endless_layer_lists_are_refused(layers):
+    assert "len(recur_layers + ve_layers) < 256" in error_of(RECUR_LAYERS=layers)
 
 
 def test_all_problems_are_reported_at_once():

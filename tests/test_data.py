@@ -63,7 +63,7 @@ class RankOf(train_gpt.Runtime):
     """One rank of a world that exists in name only: its sums are its own share."""
 
     def __init__(self, rank: int = 0, world: int = 1, micro_batch_tokens: int = 4096):
-        self.rank, self.world, self.micro_batch_tokens = rank, world, micro_batch_tokens
+        self.rank, self.world, self.micro_batch_tokens, self.main = rank, world, micro_batch_tokens, rank == 0
         self.device = torch.device("cpu")
 
     def agree(self):
@@ -142,11 +142,12 @@ def test_a_token_outside_the_vocabulary_is_named(tmp_path, rt):
         path = folder / f"fineweb_{split}_000001.bin"
         tokens = np.array(open_shard(path))
         tokens[-1] = 299
-        train_gpt.check_tokens(path, tokens, 300)
+        train_gpt.write_shard(path, tokens)
+        assert open_shard(path, 300)[-1] == 299
         tokens[-1] = 300
         train_gpt.write_shard(path, tokens)
         with pytest.raises(UsageError, match=f"fineweb_{split}_000001.bin.*300"):
-            train_gpt.check_tokens(path, tokens, 300)
+            open_shard(path, 300)
     with pytest.raises(UsageError, match="fineweb_train_000001.bin"):
         TrainData(config, rt)
     with pytest.raises(UsageError, match="fineweb_val_000001.bin"):
@@ -190,7 +191,7 @@ def test_all_validation_shards_are_scored(tmp_path, rt):
     assert val.targets == 246 and val.tokens.tolist() == np.frombuffer(raw, "<u2").tolist()
     assert val.sha256 == hashlib.sha256(raw).hexdigest()
     scores = train_gpt.evaluate(config, rt, lambda ids, targets: torch.ones(targets.shape), val, 8, "sliding")
-    assert scores.finish()["val_loss"] == 1 and scores.single_pass() and len(scores.nll) == 246
+    assert scores.finish()["val_loss"] == 1 and scores.times_scored.eq(1).all() and len(scores.nll) == 246
 
 
 # --- the training order ---------------------------------------------------------------------------------------------
@@ -492,6 +493,17 @@ def test_a_tokenizer_that_changes_text_is_refused(tmp_path, rule, changes):
         unk_id=3, minloglevel=2, **kind)
     with pytest.raises(UsageError, match="m.model changes ASCII text") if changes else contextlib.nullcontext():
         train_gpt.load_tokenizer(tiny_config(VOCAB_SIZE=300, TOKENIZER_PATH=tmp_path / "m.model"))
+
+
+@pytest.mark.parametrize("longest, refused", [(16, False), (17, True)])
+def test_a_vocabulary_that_holds_text_is_refused(tmp_path, longest, refused):
+    """Long pieces could hold the split itself, and the tokenizer is not counted."""
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["to be or not to be, that is the question"] * 20), vocab_size=301, model_type="bpe",
+        model_prefix=str(tmp_path / "m"), byte_fallback=True, add_dummy_prefix=False, pad_id=0, bos_id=1, eos_id=2,
+        unk_id=3, minloglevel=2, user_defined_symbols=["whether it is nobler in the mind"[:longest]])
+    with pytest.raises(UsageError, match="pieces of up to 17 characters") if refused else contextlib.nullcontext():
+        train_gpt.load_tokenizer(tiny_config(VOCAB_SIZE=301, TOKENIZER_PATH=tmp_path / "m.model"))
 
 
 # --- files whole or not at all --------------------------------------------------------------------------------------

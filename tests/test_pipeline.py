@@ -197,6 +197,17 @@ def test_bad_input_ends_in_one_message_before_any_work(tmp_path, ranks, env, mes
     assert "train_loss" not in done.stdout and not (tmp_path / "logs").exists()
 
 
+@pytest.mark.parametrize("env", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "two"},
+                                 {"RANK": "0", "WORLD_SIZE": "1"}], ids=str)
+def test_half_a_launcher_is_refused(monkeypatch, env):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(train_gpt.UsageError, match="torchrun sets all of them"):
+        train_gpt.Runtime(train_gpt.Config())
+
+
 OWN_VARIABLE = """
 import os, runpy, sys
 os.environ[sys.argv[2]] = os.environ["RANK"]

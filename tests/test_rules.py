@@ -868,9 +868,9 @@ def learn_first_through_the_front_door():
     honest = train_gpt.score_windows
     pending = []
 
-    def late(config, rt, nll_fn, scores, chosen, progress=None):
-        if progress is not None or not chosen:
-            return honest(config, rt, nll_fn, scores, chosen, progress)
+    def late(config, rt, nll_fn, scores, chosen, *stage):
+        if stage or not chosen:
+            return honest(config, rt, nll_fn, scores, chosen, *stage)
         pending.append((scores, chosen))  # scored a chunk later
         if len(pending) > 1 and pending[-2][0] is scores:
             honest(config, rt, nll_fn, *pending[-2])
@@ -1089,7 +1089,7 @@ def test_the_score_is_of_the_last_stage_and_every_stage_is_walked_once(corpus, t
 def test_a_split_is_read_whole(corpus, tmp_path, rt):
     """An 8M-token subset was reported as if it were the split (#1858)."""
     config = tiny_run_config(tmp_path, corpus[0])
-    with patched(train_gpt, "open_shard", lambda path: np.full(9_000_000, 65, "<u2")):
+    with patched(train_gpt, "open_shard", lambda *_: np.full(9_000_000, 65, "<u2")):
         val = train_gpt.ValidationData(config, rt, train_gpt.load_tokenizer(config))
     assert (val.targets, val.left_out) == (8_999_999, 0)
     with patched(train_gpt.np, "concatenate", lambda shards: shards[0][:5000]):
@@ -1107,6 +1107,51 @@ def test_a_distribution_must_add_up_to_one(rt):
         with changed_nll(lambda nll, ids, targets, factor=factor: nll - math.log(factor)):
             train_gpt.check_scoring(record, config, model, model.nll, val)
         assert found == {"causal": True, "normalized": ok}
+
+
+@pytest.mark.parametrize("left", ["run.txt", "run.json"])
+def test_another_runs_log_and_record_stay(corpus, tmp_path, rt, left):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / left).write_text("another run's")
+    with pytest.raises(train_gpt.UsageError, match="run.txt or its record is there already: choose another RUN_ID"):
+        tiny_run(tmp_path, corpus[0], rt)
+    assert [path.read_text() for path in (tmp_path / "logs").iterdir()] == ["another run's"]
+
+
+def test_trained_weights_are_kept_whatever_happens_then(corpus, tmp_path, rt):
+    def broken(*_):
+        raise ZeroDivisionError("no Hessians today")
+
+    with patched(train_gpt, "collect_hessians", broken), pytest.raises(ZeroDivisionError):
+        tiny_run(tmp_path, corpus[0], rt)
+    rt.log_file.close()
+    rt.log_file = None
+    weights = torch.load(tmp_path / "out" / "stopped_model.pt", weights_only=True)
+    assert all(p.isfinite().all() for p in weights.values()) and weights["qo_bank"].any()
+    assert "no Hessians today" in json.loads((tmp_path / "logs" / "run.json").read_text())["stopped"]
+
+
+@pytest.mark.parametrize("env, problem", [
+    ({"TARGET_BYTES": 9000}, "TARGET_BYTES=9000, but the code alone has"),
+    ({"PREQUANT_TTT_ENABLED": 1, "TRAIN_SEQ_LEN": 1 << 14, "TRAIN_BATCH_TOKENS": 1 << 14},
+     "PREQUANT_TTT_ENABLED=1 needs 16384 validation tokens")])
+def test_what_cannot_end_well_is_refused_before_any_work(corpus, tmp_path, rt, env, problem):
+    with pytest.raises(train_gpt.UsageError, match=problem):
+        tiny_run(tmp_path, corpus[0], rt, **env)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_what_one_rank_finds_fails_the_check_of_all():
+    """Rank 0 writes the record; the others draw windows of their own."""
+    config = small_config()
+    val, model = random_split(400, config), looping_model(config)
+    for others, ok in (([True], True), ([True, False], False)):
+        found = {}
+        record = SimpleNamespace(
+            rt=SimpleNamespace(rank=0, micro_batch_tokens=4096, gather=lambda value, others=others: [value, *others]),
+            data={"artifact_sha256": "5"}, check=lambda name, ok, detail, found=found: found.update({name: ok}))
+        train_gpt.check_scoring(record, config, model, model.nll, val)
+        assert found == {"causal": ok, "normalized": ok}
 
 
 def test_a_submission_over_the_cap_is_not_compliant(corpus, tmp_path, rt):
@@ -1143,7 +1188,8 @@ def test_a_run_begins_with_weights_of_its_own_seed(corpus, tmp_path, rt):
 def test_later_seeds_pack_the_same_code(corpus, tmp_path, rt):
     """The script overwrote itself with its own wrapper, and later seeds packed the wrapper (#1858)."""
     script = (ROOT / "train_gpt.py").read_bytes()
-    records = [tiny_run(tmp_path, corpus[0], rt, SEED=seed, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0) for seed in (1, 2)]
+    records = [tiny_run(tmp_path / str(seed), corpus[0], rt, SEED=seed, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0,
+                        OUT_DIR=tmp_path / "out") for seed in (1, 2)]
     assert (ROOT / "train_gpt.py").read_bytes() == script == SOURCE
     assert len({(record["code_sha256"], record["code_bytes"]) for record in records}) == 1
     assert records[0]["artifact_sha256"] != records[1]["artifact_sha256"]
@@ -1181,7 +1227,7 @@ def test_settings_in_the_record_are_the_settings_in_force(corpus, tmp_path, rt):
     assert record["tokenizer_sha256"] == hashlib.sha256(config.tokenizer.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("different", ["settings", "code", "device", "validation tokens", "tokenizer",
+@pytest.mark.parametrize("different", ["settings", "code", "device", "attention", "validation tokens", "tokenizer",
                                        "training shards"])
 def test_ranks_that_differ_are_refused_before_any_work(different, corpus, tmp_path, rt, monkeypatch):
     """Rank 2 of three; what is compared is the thing itself."""
@@ -1200,7 +1246,7 @@ def test_ranks_that_differ_are_refused_before_any_work(different, corpus, tmp_pa
     of_file = {split: hashlib.sha256(train_gpt.shard_files(config, split)[0].read_bytes()[1024:]).hexdigest()
                for split in ("train", "val")}
     expected = {"settings": train_gpt.assignments(config.non_defaults()), "code": hashlib.sha256(SOURCE).hexdigest(),
-                "device": rt.hardware(), "validation tokens": of_file["val"],
+                "device": rt.hardware(), "attention": "sdpa", "validation tokens": of_file["val"],
                 "tokenizer": hashlib.sha256(config.tokenizer.read_bytes()).hexdigest(),
                 "training shards": hashlib.sha256(of_file["train"].encode()).hexdigest()}
     assert different in told and told.items() <= expected.items()

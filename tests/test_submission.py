@@ -1,5 +1,6 @@
 """Room 10: the packed script, the checks, the record, and what is made from records."""
 import ast
+import contextlib
 import copy
 import difflib
 import hashlib
@@ -16,7 +17,7 @@ import torch
 from conftest import ROOT, fake_validation, tiny_config
 
 import train_gpt
-from train_gpt import SOURCE, Record, UsageError, pack_source, strip_source
+from train_gpt import SOURCE, Record, UsageError, pack_artifact, pack_source, strip_source
 
 
 def load_packed(folder):
@@ -118,17 +119,27 @@ RESULT = [result_text, Holder(number_of_things=9).number_of_things]
     assert spaces[0]["SOURCE"] == spaces[1]["SOURCE"] == ["  3 15 [0, 1]", 9]
 
 
-def test_a_number_is_no_decision():
-    """1 equals True, but `x or 1` is x as long as x is not zero."""
+def test_what_the_run_alone_knows_is_left_to_it():
+    """A condition is decided where PACKED and the settings that are packed for decide it, and nowhere else."""
     program = """
 PACKED = False
-def one(x):
-    return [x or 1, x and 0, x or True, x and True, PACKED and x, PACKED and PACKED]
-SOURCE = one(5)
+def one(config, seed):
+    found = [1 if config.quantizer else 2, 3 if seed and config.ppm_enabled else 4, PACKED]
+    if seed == 5 or config.corpus == "embedded":
+        found.append("by the run")
+    if not PACKED and seed:
+        found.append("never")
+    if len(found) > 9 or config.seed:
+        found.append("both")
+    elif config.swa_every == 0:
+        found.append("by the setting")
+    return found
+SOURCE = [one(type("C", (), dict(seed=seed, corpus="shards", ppm_enabled=False)), seed) for seed in (0, 5)]
 """
-    space = {}
-    exec(strip_source(program), space)
-    assert space["SOURCE"] == [5, 0, True, 5, 5, True]
+    space, stripped = {}, strip_source(program)
+    exec(stripped, space)
+    assert space["SOURCE"] == [[1, 4, True, "by the setting"], [1, 4, True, "by the run", "both"]]
+    assert "never" not in stripped and "quantizer" not in stripped and "swa_every" not in stripped
 
 
 def test_packed_script_computes_the_same(tmp_path):
@@ -191,7 +202,7 @@ def test_code_beside_the_script_is_refused(tmp_path, name, early):
     (tmp_path / name).write_text(text)
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={"PATH": "", **({"MODE": "help"} if early else {"ATTENTION": "fa3", "PRESET": "smoke"})})
-    said = "difflib" if early else "flash_attn_interface cannot be imported"
+    said = "difflib" if early else "ATTENTION=fa3 needs a Hopper GPU"
     assert done.returncode == 2 and said in done.stderr and "uncounted" not in done.stdout, done.stderr
 
 
@@ -233,8 +244,19 @@ def test_pack_mode_never_overwrites_the_running_script(tmp_path):
     for mode in ("pack", "train"):
         done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True,
                               env={"MODE": mode, "OUT_DIR": ".", "PATH": ""})
-        assert done.returncode == 2 and "would overwrite it" in done.stderr
+        assert done.returncode == 2 and "would overwrite" in done.stderr
     assert script.read_bytes() == SOURCE
+
+
+@pytest.mark.parametrize("mode, refused", [("train", True), ("pack", True), ("eval", False)])
+def test_another_projects_script_is_never_overwritten(tmp_path, mode, refused, monkeypatch):
+    monkeypatch.setattr(train_gpt, "read_artifact", lambda folder: pack_artifact({}, {"settings": {}}))
+    env = {"MODE": mode, "OUT_DIR": str(tmp_path)}
+    (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE, train_gpt.Config()))
+    train_gpt.read_config(env)
+    (tmp_path / "train_gpt.py").write_text("print('somebody else')")
+    with pytest.raises(UsageError, match="would overwrite") if refused else contextlib.nullcontext():
+        train_gpt.read_config(env)
 
 
 STAGE = {"val_loss": 2.0, "val_bpb": 1.5, "seconds": 1.0}
@@ -447,10 +469,12 @@ def test_record_is_complete_json_with_null_for_what_was_not_measured(record):
 
 def told_by(record) -> list[str]:
     """The lines of a log that say the same as its record."""
+    shown = {key.upper(): int(v) if isinstance(v, bool) else v for key, v in record["settings"].items()}
     return [*(f"{key}: {record[key]}" for key in record if not isinstance(record[key], (dict, list))),
+            "settings: " + " ".join(f"{name}={value}" for name, value in shown.items()),
             *(f"check {check['name']}: {'ok' if check['ok'] else 'FAILED'} ({check['detail']})"
               for check in record["checks"]),
-            *(f"{stage} {train_gpt.score_line(record[stage])}" for stage in Record.STAGES if record[stage])]
+            *(f"{stage} {train_gpt.score_line(record[stage])}" for stage in (*Record.STAGES, "ppm") if record[stage])]
 
 
 def collected(tmp_path, monkeypatch, records, readme=None, logs_of=None, **settings):
@@ -582,7 +606,8 @@ def test_only_the_contests_machine_and_split_fill_its_figures(record, tmp_path, 
 
 @pytest.mark.parametrize("change", [
     {"hardware": "8x NVIDIA H100 80GB HBM3"}, {"val_bytes": 151_080_891}, {"val_sha256": "6"}, {"compliant": False},
-    {"checks": []}, {"ttt": {"val_loss": 2.0, "val_bpb": 0.9, "seconds": 1.0}}, {"artifact_sha256": "6"},
+    {"checks": []}, {"seed": 5}, {"total_bytes": 9}, {"train_seconds": 9.0}, {"torch": "9"}, {"date": "2026"},
+    {"ttt": {"val_loss": 2.0, "val_bpb": 0.9, "seconds": 1.0}}, {"artifact_sha256": "6"},
     {"hardware": None, "settings": []}], ids=str)
 def test_a_record_that_its_log_or_its_checks_contradict_is_refused(record, tmp_path, monkeypatch, change):
     """Sealed again though it is: the seal is nobody's signature."""
@@ -591,6 +616,32 @@ def test_a_record_that_its_log_or_its_checks_contradict_is_refused(record, tmp_p
     assert collected(tmp_path, monkeypatch, [record.data])["rehearsal"]
     with pytest.raises(UsageError, match="0.json is no record of a run"):
         collected(tmp_path, monkeypatch, [{**record.data, **change}], logs_of=[record.data])
+
+
+@pytest.mark.parametrize("left_out", ["date", "torch", "preset", "seed", "ppm", "checks", "settings"])
+def test_a_record_without_what_every_record_has_is_refused(record, tmp_path, monkeypatch, left_out):
+    finish(record)
+    with pytest.raises(UsageError, match=f"0.json is no record of a run.*{left_out}"):
+        collected(tmp_path, monkeypatch, [{k: v for k, v in record.data.items() if k != left_out}],
+                  logs_of=[record.data])
+
+
+def test_a_failed_check_cannot_be_left_out(record, tmp_path, monkeypatch):
+    """The log tells of it, whatever the record holds."""
+    record.check("held_out", False, "all of it")
+    finish(record)
+    kept = [check for check in record.data["checks"] if check["ok"]]
+    log = {**record.data, "compliant": True}
+    with pytest.raises(UsageError, match="tells of other checks"):
+        collected(tmp_path, monkeypatch, [{**log, "checks": kept}], logs_of=[log])
+
+
+def test_what_is_refused_changes_no_file(record, tmp_path, monkeypatch):
+    collected(tmp_path, monkeypatch, contest_records(record))
+    before = (tmp_path / "submission.json").read_bytes()
+    with pytest.raises(UsageError, match="made by other code"):
+        collected(tmp_path, monkeypatch, contest_records(record, code_sha256="0"), submission_name="x")
+    assert (tmp_path / "submission.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("change", [{"settings": {}}, {"val_tokens": 50_000_000}], ids=str)
@@ -647,6 +698,9 @@ def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypa
     assert json.loads((folder / "submission.json").read_text()) == submission
     readme = (folder / "README.md").read_text()
     assert "| run42 |" in readme and "total_bytes ok" in readme
+    (folder / "another.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds another.json already"):
+        collected(tmp_path, monkeypatch, records, submission_name="Some name / 2")
     with pytest.raises(UsageError, match="made by other code"):
         collected(tmp_path, monkeypatch, contest_records(record, code_sha256="0"), submission_name="x")
 
@@ -662,6 +716,15 @@ def test_a_record_or_log_that_was_changed_is_refused(record, tmp_path, monkeypat
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(UsageError, match="1.json is no record of a run.*SHA-256"):
         train_gpt.collect(tiny_config(records="0.json 1.json 2.json"))
+
+
+def test_the_readmes_table_is_put_in_its_place_whatever_else_it_holds(record, tmp_path, monkeypatch):
+    around = b"caf\xe9 \\1\n<!-- results -->\n", b"<!-- /results -->\nend"
+    (tmp_path / "README.md").write_bytes(b"old\n".join(around))
+    for records in (contest_records(record), contest_records(record)[:1]):
+        collected(tmp_path, monkeypatch, records)
+        table = f"{train_gpt.results_table([json.loads(json.dumps(r)) for r in records])}\n"
+        assert (tmp_path / "README.md").read_bytes() == table.encode().join(around)
 
 
 def test_files_of_one_name_are_refused(record, tmp_path, monkeypatch):
