@@ -295,8 +295,8 @@ CONSTRAINTS = (
     "model_dim % num_heads == 0", "num_heads % num_kv_heads == 0", "embedding_dim in (0, model_dim)",
     "rope_dims % 2 == 0 and rope_dims <= model_dim // num_heads",
     "num_loops == 0 or recur_layers.strip(',') or loop_start <= loop_end < num_layers",
-    "len(recur_layers + ve_layers) < 256",
-    "all(i.strip().isdecimal() and int(i[:9]) < num_layers for i in f'{recur_layers},{ve_layers}'.split(',') if i)",
+    "len(layers := f'{recur_layers},{ve_layers}') < 256 and all(i.strip().isdecimal() and int(i) < num_layers for i in "
+    "layers.split(',') if i)",
     "ve_layers == '' or quantizer == 'sdclip'", "selective_pruning_enabled == 0 or quantizer == 'sdclip'",
     "train_batch_tokens % train_seq_len == 0",
     "micro_batch_tokens == 0 or max(eval_seq_len, train_seq_len * (mode != 'eval')) <= micro_batch_tokens",
@@ -446,9 +446,9 @@ class Runtime:
     def __init__(self, config: Config):
         """Find this rank's device and join the process group (NCCL on CUDA, gloo on CPU)."""
         env = os.environ
-        place = [env.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
-        if any(place[:2]) and not (all(place) and all(map(str.isdecimal, place[:2]))):
-            raise UsageError(f"RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are {place}: torchrun sets all of them")
+        place = [env.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")]
+        if not PACKED and any(place[:2]) and not (all(place) and all(map(str.isdecimal, place[:3]))):
+            raise UsageError(f"RANK, WORLD_SIZE, MASTER_PORT and MASTER_ADDR are {place}: torchrun sets all of them")
         self.rank, self.world = int(place[0] or 0), int(place[1] or 1)
         self.main = self.rank == 0  # the one that logs and writes files
         on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
@@ -645,7 +645,7 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
         raise UsageError(f"{path} is no SentencePiece model ({error})") from error
     if sp.vocab_size() != config.vocab_size:
         raise UsageError(f"{path} has {sp.vocab_size()} pieces, but VOCAB_SIZE={config.vocab_size}")
-    longest = max(len(sp.id_to_piece(token)) for token in range(config.vocab_size) if not is_boundary(sp, token))
+    longest = max(map(len, map(sp.id_to_piece, range(config.vocab_size))))
     if longest > 16:  # SentencePiece's own limit: the vocabulary is not counted, and could hold the split
         raise UsageError(f"{path} has pieces of up to {longest} characters, the contest's have 16 at most")
     ids = [sp.pad_id(), sp.bos_id(), sp.eos_id(), sp.unk_id()]
@@ -759,7 +759,7 @@ class TrainData:
 
     def stamps(self) -> list[tuple[int, int]]:
         """Inode and time of the last change (ns) of each shard's file, as the file system notes writes."""
-        return [(s.st_ino, s.st_ctime_ns) for s in map(os.stat, self.files)]
+        return [(s.st_ino, s.st_ctime_ns) for s in map(os.stat, filter(os.path.exists, self.files))]
 
     def in_order(self, stream: int) -> TrainData:
         """Return the same windows in an independent order (0 is training's, 1 calibration's)."""
@@ -881,10 +881,13 @@ def write_embedded_corpus(config: Config):
         len(text) < len(other) and text[len(text) // 2:][:200] in other for other in documents)]  # nothing twice
     model = io.BytesIO()
     lines = [line for text in documents for line in text.splitlines()]
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, vocab_size=config.vocab_size, model_type="bpe",
-        byte_fallback=True, add_dummy_prefix=False, normalization_rule_name="nmt_nfkc", pad_id=0, bos_id=1, eos_id=2,
-        unk_id=3, minloglevel=2)
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=config.vocab_size, model_type="bpe",
+            byte_fallback=True, add_dummy_prefix=False, normalization_rule_name="nmt_nfkc", pad_id=0, bos_id=1,
+            eos_id=2, unk_id=3, minloglevel=2)
+    except RuntimeError as error:
+        raise UsageError(f"CORPUS=embedded: no tokenizer with VOCAB_SIZE={config.vocab_size} ({error})") from error
     write_file(config.tokenizer, model.getvalue())
     sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
     for split, chosen in (("val", documents[2::5]), ("train", [d for i, d in enumerate(documents) if i % 5 != 2])):
@@ -1501,8 +1504,10 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
         frac = seconds / budget if budget else step / config.iterations
         done = step == config.iterations or frac >= 1
         if done or (config.val_loss_every and step and step % config.val_loss_every == 0):
+            rt.in_training = False  # a signal ends this at once
             with rt.pause():
                 rt.log(f"{step}/{config.iterations} {validate()}")
+            rt.in_training = not done
         if done:
             break
         due = step >= config.recur_start_step if config.recur_start_step else frac >= config.enable_looping_at
@@ -1521,7 +1526,8 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
         step += 1
         if config.ema_decay or config.swa_every:
             average.update(step, multiplier)
-    rt.in_training = False
+    if rt.stop_signal:  # it came in the last step
+        raise RunStopped(f"stopped by a signal after step {step}", 128 + rt.stop_signal)
     seconds = rt.clock() - begin
     if step < config.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time: {seconds * 1000:.0f}ms step: {step}/{config.iterations}")
@@ -1680,7 +1686,7 @@ def error_factor(hessian: Tensor, damping: Tensor) -> ErrorFactor:
 
     Raises torch.linalg.LinAlgError if it is not positive definite then (it holds NaN, say).
     """
-    h = hessian.double()  # a copy: fp32 has too few digits for inputs that are nearly all alike
+    h = hessian.to(torch.float64, copy=True)  # fp32 has too few digits for inputs that are nearly all alike
     diagonal = h.diagonal(dim1=-2, dim2=-1)  # a view: writing to it writes to h
     dead = diagonal == 0
     diagonal += damping + dead  # a dead input gets a one, so h stays invertible
@@ -2809,7 +2815,8 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
     totals = np.concatenate([[0, 0], np.cumsum(val.target_bytes.numpy())])  # bytes of the targets before token p
     wrong, foreign, seen, documents = [], 0, 0, 0
     # EVAL_DROP_TAIL may cut the last document inside a character, which then decodes to something else.
-    for number in np.random.default_rng(int(val.sha256, 16)).permutation(len(starts) - (val.left_out > 0)):
+    chances = np.random.default_rng(int(val.sha256, 16)).exponential(size=len(starts)) / (ends - starts)
+    for number in np.argsort(chances[:len(starts) - (val.left_out > 0)]):  # the longer, the earlier
         begin, end = starts[number], ends[number]
         if seen >= most_tokens:
             break
@@ -2826,7 +2833,7 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
     keys = passage_keys(tokens, val)
     repeated = len(keys) - len(np.unique(keys))
     record.check("split_text", foreign <= 0.1 * seen and repeated <= 0.1 * len(keys)
-                 and len(keys) >= len(tokens) / 1024 - 1,  # text of one short period may have no passages at all
+                 and len(keys) >= val.bytes / 1024 - 1,  # too few if it has a short period or is hardly any letters
                  f"{foreign} of {seen} tokens stand in documents that encode otherwise, {repeated} of {len(keys)} "
                  "passages repeat")
 
@@ -2834,11 +2841,11 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
 def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
     """Numbers (uint64) of passages of 256 letters, the same for the same text, wherever it stands.
 
-    Letters of ASCII alone count, in lower case: cutting documents or words elsewhere changes none. A passage
+    Letters alone count, in lower case: cutting documents or words elsewhere, or other blanks, changes none. A passage
     begins where a hash of its first 8 letters says so, about every 512. The hash depends on the split and the salt: who
     alters a text so that it has no passages has other ones.
     """
-    known = [re.sub(b"[^a-z]", b"", token_bytes(val.tokenizer, token, False).lower())
+    known = [re.sub(rb"[\0-`{-\x7f]", b"", token_bytes(val.tokenizer, token, False).lower())
              for token in range(val.tokenizer.vocab_size())]
     length, letters = np.array([*map(len, known)]), np.frombuffer(b"".join(known), np.uint8)
     offset, keys, text = length.cumsum() - length, [], letters[:0]
@@ -2906,11 +2913,12 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
 @torch.no_grad()
 def deviation(config: Config, model: GPT, scores: Scores, window: tuple[int, int]) -> float:
     """By how many nats per token the scores as entered for a window differ from the model's log-softmax."""
-    (start, count), length = window, config.eval_seq_len
-    tokens = scores.val.tokens[start:start + length + 1].long()
-    logits = model.logits(tokens[None, :-1], length)[0, length - count:]
-    nll = F.cross_entropy(logits, tokens[length - count + 1:], reduction="none")
-    return float((scores.nll[start + length - count:][:len(nll)] - nll).mean())
+    (start, count), val = window, scores.val
+    places = torch.arange(start, start + config.eval_seq_len + 1, device=val.tokens.device)
+    tokens = val.tokens[places.clamp(max=val.targets)].long()
+    nll = F.cross_entropy(model.logits(tokens[None, :-1], count)[0], tokens[-count:], reduction="none")
+    entered = scores.nll[places[-count - 1]:][:count]  # fewer at the split's end
+    return float((entered - nll[:len(entered)]).mean())
 
 
 def check_entered(record: Record, scores: Scores, stage: str, deviations: list[float], most: float):
@@ -3287,6 +3295,8 @@ def read_records(config: Config) -> list[dict]:
     """Read the records that RECORDS names; raise UsageError for one that is missing or no record."""
     records = []
     for path in map(Path, config.records.split()):
+        if path.resolve() == Path("submission.json").resolve():
+            raise UsageError(f"RECORDS: {path} is where the submission goes: rename the run")
         try:
             content, log = path.read_bytes(), path.with_suffix(".txt").read_bytes()
             end = log.rfind(b"\n", 0, -1) + 1  # where the last line begins
@@ -3503,11 +3513,11 @@ def run_training(config: Config, rt: Runtime):
         def validate(stage: str = "validation") -> Scores:
             return evaluate(config, rt, nll_fn, val, config.eval_seq_len, stage)
 
+        initial = sha256(weights_file(model))
+        warm_up(config, rt, model, loss_fn, data)
+        record.check("warm_up_undone", all(rt.gather(sha256(weights_file(model)) == initial)),
+                     "the weights are the initial ones")
         try:
-            initial = sha256(weights_file(model))
-            warm_up(config, rt, model, loss_fn, data)
-            record.check("warm_up_undone", all(rt.gather(sha256(weights_file(model)) == initial)),
-                         "the weights are the initial ones")
             start = rt.clock()  # from here to the artifact all but scoring counts
             steps, seconds = train(config, rt, model, loss_fn, data, lambda: score_line(validate().finish()))
             record.set(steps=steps, train_seconds=seconds, step_ms=1000 * seconds / steps,
@@ -3528,7 +3538,7 @@ def run_training(config: Config, rt: Runtime):
             changed = sum(rt.gather(data.opened != data.stamps()))  # a new content of a mapped file shows at once
             record.check("shards_unchanged", not changed, f"on {changed} ranks the training shards' files have changed")
         except Exception:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, RuntimeError):
                 write_files(config, rt, {"stopped_model.pt": weights_file(model)})
             raise
         write_files(config, rt, {"final_model.pt": weights_file(model), ARTIFACT_NAME: artifact,

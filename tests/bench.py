@@ -1,8 +1,11 @@
 """Figures, not tests: python tests/bench.py WHAT [--data DIR] [--weights FILE] [--json FILE]
 
-`speed` times training steps of the small model of the README's 200-step run, without and with loops, in this script's
-form and written plainly (one product per matrix, F.rms_norm, whole logits, micro-batches of 2048 tokens, as the
-published script runs on one device), in turn, and this machine's own matrix product in the same run: quote the ratios.
+`speed` times training steps without and with loops, split into data, forward, backward, communication and the rest of
+the optimizer, in this script's form and (on the CPU) written plainly: one product per matrix, F.rms_norm, whole logits,
+micro-batches of 2048 tokens, as the published script runs on one device. Both in turn, medians of 3, with this
+machine's own matrix product in the same run: quote the ratios. Model FLOPs count the matrix products and attention,
+forward and backward. Then the seconds of what follows training, on random weights. On a GPU it is the full preset, on
+the CPU the model of the README's 200-step run; ranks: `torchrun --standalone --nproc_per_node=2 tests/bench.py speed`.
 
 `quantization` packs the trained small model (--weights: final_model.pt of the README's 200-step run; without it, 200
 steps are trained first) by several methods into as many bytes as PR #1541's takes, and measures what is lost:
@@ -19,6 +22,8 @@ MICRO_BATCH_TOKENS: the script's own code runs on tensors without values (PyTorc
 with attention that keeps its inputs and its output, as the fused kernels do. An estimate, not a measurement.
 """
 import argparse
+import dataclasses
+import itertools
 import json
 import math
 import os
@@ -108,39 +113,126 @@ def seconds(function) -> float:
     return time.perf_counter() - begin
 
 
-def training_step(kind: type[GPT], data_dir: str, micro_batch_tokens: int):
-    """Return the model and a function that runs one optimizer step of it."""
-    config = Config.from_env({**SMALL, "DATA_DIR": data_dir, "MICRO_BATCH_TOKENS": str(micro_batch_tokens)})
-    rt = Runtime(config)
-    torch.manual_seed(config.seed)
-    model = kind(config).to_compute(rt)
-    data, optimizer, average = TrainData(config, rt), Optimizer(config, rt, model), WeightAverage(config, model)
+class Steps:
+    """Training steps of one form of the model, and how long their parts take."""
 
-    def step():
-        optimizer.zero_grad()
-        loss = train_gpt.backward_batch(model, data.batch(0))
-        optimizer.step(1.0, 0.95)
-        average.update(1, 1.0)
-        return float(loss)
+    def __init__(self, kind: type[GPT], data_dir: str, **env: str):
+        self.config = Config.from_env({**({} if torch.cuda.is_available() else SMALL), "DATA_DIR": data_dir, **env})
+        self.rt = Runtime(self.config)
+        torch.manual_seed(self.config.seed)
+        self.model = kind(self.config).to_compute(self.rt)
+        self.loss_fn = self.rt.compiled(self.model)
+        self.data, self.optimizer = TrainData(self.config, self.rt), Optimizer(self.config, self.rt, self.model)
+        self.average, self.steps = WeightAverage(self.config, self.model), 0
+        self.rt.all_reduce = self.waited(train_gpt.dist.all_reduce)
 
-    return model, step
+    def waited(self, collective):
+        """The collective, its time counted and nothing else under way meanwhile."""
+        def call(*args, asynchronous=False, async_op=False):
+            begin = self.rt.clock()
+            work = collective(*args, async_op=True)
+            work.wait()
+            self.parts["communication"] += self.rt.clock() - begin
+            return work
+        return call
+
+    def step(self) -> dict[str, float]:
+        """Seconds of each part of one step."""
+        self.parts = dict.fromkeys(("data", "forward", "backward", "optimizer", "communication"), 0.0)
+        kept, clock = (train_gpt.reduce_scatter, train_gpt.all_gather), self.rt.clock
+        begin = clock()
+        batch = self.data.batch(self.steps)
+        self.optimizer.zero_grad()
+        times = [clock()]
+        self.parts["data"] = times[0] - begin
+        for inputs, targets in batch:
+            loss = self.loss_fn(inputs, targets) / len(batch)
+            times.append(clock())
+            loss.backward()
+            times.append(clock())
+        train_gpt.reduce_scatter, train_gpt.all_gather = map(self.waited, kept)
+        self.optimizer.step(1.0, 0.95)
+        self.average.update(1, 1.0)
+        train_gpt.reduce_scatter, train_gpt.all_gather = kept
+        spans = np.diff(times)
+        self.parts["forward"], self.parts["backward"] = spans[::2].sum(), spans[1::2].sum()
+        self.parts["optimizer"] = clock() - times[-1] - self.parts["communication"]
+        self.steps += 1
+        return self.parts
+
+    def gflop_per_token(self) -> float:
+        """Matrix products and causal attention, forward and backward."""
+        c, layers = self.config, len(self.model.schedules[self.model.looping])
+        own = sum(getattr(self.model, bank).numel() for bank in GPT.BANKS) / c.num_layers
+        return 6 * (layers * (own + c.train_seq_len * c.model_dim) + c.vocab_size * c.model_dim) / 1e9
+
+
+def matmul_gflops(rt: Runtime) -> float:
+    """GFLOP/s of this machine's matrix product in the compute dtype."""
+    size = 8192 if rt.device.type == "cuda" else 1024
+    square = torch.randn(size, size, device=rt.device, dtype=rt.dtype)
+
+    def product() -> float:
+        begin = rt.clock()
+        square @ square
+        return rt.clock() - begin
+    return 2 * size**3 / statistics.median(product() for _ in range(9)) / 1e9
 
 
 def speed(data_dir: str) -> list[dict]:
-    """Tokens per second of both forms, interleaved, and the machine's matrix product."""
-    square, rows = torch.randn(1024, 1024), []
-    forms = {"train_gpt": training_step(GPT, data_dir, 0), "plain": training_step(PlainGPT, data_dir, 2048)}
+    """Training steps' parts, and the seconds of what follows training."""
+    forms = {"train_gpt": Steps(GPT, data_dir)}
+    if not torch.cuda.is_available():
+        forms["plain"] = Steps(PlainGPT, data_dir, MICRO_BATCH_TOKENS="2048")
+    rows, (config, rt) = [], (forms["train_gpt"].config, forms["train_gpt"].rt)
     for looping in (False, True):
         times = {name: [] for name in forms}
-        for model, step in forms.values():
-            model.looping = looping
-            step()
+        for form in forms.values():
+            form.model.looping = looping
+            form.step()
         for _ in range(3):
-            for name, (_, step) in forms.items():
-                times[name].append(seconds(step))
-        peak = 2 * 1024**3 / statistics.median(seconds(lambda: square @ square) for _ in range(9)) / 1e9
-        rows += [{"form": name, "looping": looping, "tokens_per_second": round(16384 / statistics.median(t)),
-                  "matmul_gflops_per_second": round(peak)} for name, t in times.items()]
+            for name, form in forms.items():
+                times[name].append(form.step())
+        peak = matmul_gflops(rt) * rt.world
+        for name, form in forms.items():
+            parts = {key: statistics.median(step[key] for step in times[name]) for key in times[name][0]}
+            rate = config.train_batch_tokens / statistics.median(sum(step.values()) for step in times[name])
+            rows.append({"form": name, "ranks": rt.world, "looping": looping, "tokens_per_second": round(rate),
+                         **{f"{key}_ms": round(1000 * value, 1) for key, value in parts.items()},
+                         "gflop_per_token": round(form.gflop_per_token(), 4), "matmul_gflops": round(peak),
+                         "share_of_matmul": round(rate * form.gflop_per_token() / peak, 3),
+                         "peak_memory_mib": rt.peak_memory_mib()})
+    return rows + stages(forms["train_gpt"])
+
+
+def stages(form: Steps) -> list[dict]:
+    """Seconds of calibration, quantization, coding and the three evaluations."""
+    model, rt, rows = form.model, form.rt, []
+    config = dataclasses.replace(form.config, gptq_calibration_batches=1)
+
+    def timed(stage: str, tokens: int, function, *args):
+        begin = rt.clock()
+        result = function(*args)
+        spent = rt.clock() - begin
+        rows.append({"stage": stage, "ranks": rt.world, "seconds": round(spent, 2),
+                     "seconds_per_million_tokens": round(1e6 * spent / tokens, 2) if tokens else None})
+        return result
+
+    batch = config.train_batch_tokens
+    hessians = timed("hessians", batch, train_gpt.collect_hessians, config, rt, model, form.data)
+    sensitivities = timed("sensitivities", batch, train_gpt.collect_sensitivities, config, rt, model, form.data)
+    quantizer = TrellisQuantizer(rt, model, hessians, sensitivities)
+    tensors = timed("quantize", 0, quantizer.quantize, quantizer.price_of(3.4))
+    artifact = timed("encode", 0, train_gpt.pack_artifact, tensors, {})
+    timed("decode", 0, train_gpt.unpack_artifact, artifact)
+    targets = 2 * config.ttt_chunk_tokens
+    tokens = torch.randint(3, config.vocab_size, (targets + 1,), device=rt.device, dtype=torch.int32)
+    val = types.SimpleNamespace(tokens=tokens, targets=targets)
+    nll_fn = rt.compiled(model.nll)
+    for stride, stage in ((config.eval_seq_len, "plain"), (config.eval_stride, "sliding")):
+        train_gpt.score_windows(config, rt, nll_fn, train_gpt.Scores(rt, val), [(0, stride)])  # compiles
+        timed(stage, targets, train_gpt.evaluate, config, rt, nll_fn, val, stride, stage)
+    timed("ttt", targets, train_gpt.evaluate_ttt, config, rt, model, form.loss_fn, nll_fn, val)
     return rows
 
 
@@ -404,16 +496,19 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.data:
-            tokens = torch.randint(3, 8192, (100_000,)).numpy()
+            tokens = torch.randint(3, 8192, (1_000_000,), generator=torch.Generator().manual_seed(0)).numpy()
             train_gpt.write_shard(Path(folder) / "datasets/fineweb10B_sp8192/fineweb_train_000000.bin", tokens)
         data = arguments.data or folder
         rows = {"speed": lambda: speed(data), "presets": lambda: presets(data, arguments.steps, arguments.logs),
                 "memory": lambda: [memory(tokens) for tokens in (98304, 49152, 16384, 8192)],
                 "quantization": lambda: full_size() if arguments.full else quantization(data, arguments.weights),
                 }[arguments.what]()
-    print(" | ".join(rows[0]))
-    for row in rows:
-        print(" | ".join(map(str, row.values())))
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for keys, table_rows in itertools.groupby(rows, key=lambda row: " | ".join(row)):
+        print(keys)
+        for row in table_rows:
+            print(" | ".join(map(str, row.values())))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -506,6 +506,12 @@ def test_a_vocabulary_that_holds_text_is_refused(tmp_path, longest, refused):
         train_gpt.load_tokenizer(tiny_config(VOCAB_SIZE=301, TOKENIZER_PATH=tmp_path / "m.model"))
 
 
+def test_a_vocabulary_that_the_embedded_corpus_cannot_fill_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no tokenizer with VOCAB_SIZE=260"):
+        train_gpt.write_embedded_corpus(tiny_config(CORPUS="embedded", VOCAB_SIZE=260, DATA_DIR=tmp_path))
+    assert not list(tmp_path.rglob("*"))
+
+
 # --- files whole or not at all --------------------------------------------------------------------------------------
 
 

@@ -159,7 +159,8 @@ def test_scales_stay_representable():
 def test_inputs_that_are_nearly_all_alike(columns):
     """A Hessian of rank one with the least damping that is ever added: beyond fp32's digits."""
     hessian = torch.ones(columns, columns)
-    upper = train_gpt.error_factor(hessian, torch.tensor([1e-4])).upper.double()
+    upper = train_gpt.error_factor(wide := hessian.double(), torch.tensor([1e-4])).upper.double()
+    assert torch.equal(wide, hessian.double()), "the caller's own stays as it is"
     expected = torch.linalg.inv(hessian.double() + 1e-4 * torch.eye(columns).double())
     torch.testing.assert_close(upper.T @ upper, expected, rtol=1e-5, atol=1e-2)
 

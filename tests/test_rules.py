@@ -1017,8 +1017,8 @@ def test_a_copy_in_other_tokens_has_the_same_passages(corpus, rt):
     assert np.isin(keys, train_gpt.passage_keys(other, val)).mean() < 0.1
 
 
-@pytest.mark.parametrize("stage", ["train", "make_artifact"])
-def test_a_shard_that_changes_during_the_run_is_noticed(stage, corpus, tmp_path, rt):
+@pytest.mark.parametrize("stage, gone", [("train", False), ("make_artifact", False), ("make_artifact", True)])
+def test_a_shard_that_changes_during_the_run_is_noticed(stage, gone, corpus, tmp_path, rt):
     """Shards are mapped into memory: tokens that somebody writes there after the checks are trained on."""
     data = tmp_path / "data"
     shutil.copytree(corpus[0], data)
@@ -1030,6 +1030,8 @@ def test_a_shard_that_changes_during_the_run_is_noticed(stage, corpus, tmp_path,
             file.seek(2000)
             file.write(b"\7\0" * 1000)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        if gone:
+            path.unlink()
         return honest(*args)
     with patched(train_gpt, stage, overwritten):
         record = tiny_run(tmp_path, data, rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, ITERATIONS=1)

@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +361,20 @@ class Folding(Characters):
         return super().decode([97 if i == 250 else i for i in ids])
 
 
+def test_letters_of_any_script_count(record):
+    """A split that repeats itself in Cyrillic behind a little English."""
+    class Cyrillic(Characters):
+        def id_to_piece(self, token):
+            return chr(token) if token < 128 else chr(0x400 + token)
+
+    rng = np.random.default_rng(0)
+    english, once = rng.integers(97, 120, 20_000), rng.integers(150, 200, 20_000)
+    for again, ok in ((rng.integers(150, 200, 20_000), True), (once, False)):
+        val = fake_validation(torch.from_numpy(np.concatenate([english, once, again])), tiny_config(VOCAB_SIZE=300))
+        keys = train_gpt.passage_keys(val.tokens.numpy(), types.SimpleNamespace(tokenizer=Cyrillic(), sha256="5"))
+        assert (len(np.unique(keys)) > 0.9 * len(keys)) == ok and len(keys) > 100
+
+
 def test_the_splits_text_must_be_its_tokens_and_not_repeat_itself(record):
     rng = np.random.default_rng(0)
     short = [np.array([1, 97 + i, 98]) for i in range(9)]  # documents weigh by their tokens
@@ -636,6 +651,16 @@ def test_a_failed_check_cannot_be_left_out(record, tmp_path, monkeypatch):
         collected(tmp_path, monkeypatch, [{**log, "checks": kept}], logs_of=[log])
 
 
+def test_a_record_is_never_overwritten_by_the_submission(record, tmp_path, monkeypatch):
+    collected(tmp_path, monkeypatch, contest_records(record)[:1])
+    before = (tmp_path / "0.json").read_bytes()
+    for kind in ("json", "txt"):
+        (tmp_path / f"0.{kind}").rename(tmp_path / f"submission.{kind}")
+    with pytest.raises(UsageError, match="rename the run"):
+        train_gpt.collect(tiny_config(records="./submission.json"))
+    assert (tmp_path / "submission.json").read_bytes() == before
+
+
 def test_what_is_refused_changes_no_file(record, tmp_path, monkeypatch):
     collected(tmp_path, monkeypatch, contest_records(record))
     before = (tmp_path / "submission.json").read_bytes()
@@ -729,10 +754,10 @@ def test_the_readmes_table_is_put_in_its_place_whatever_else_it_holds(record, tm
 
 def test_files_of_one_name_are_refused(record, tmp_path, monkeypatch):
     collected(tmp_path, monkeypatch, contest_records(record)[:1])
-    (tmp_path / "0.json").rename(tmp_path / "submission.json")
-    (tmp_path / "0.txt").rename(tmp_path / "submission.txt")
-    with pytest.raises(UsageError, match="two files of the submission would be called submission.json"):
-        train_gpt.collect(tiny_config(records="submission.json", submission_name="x"))
+    (tmp_path / "0.json").rename(tmp_path / "train_gpt.py")
+    (tmp_path / "0.txt").rename(tmp_path / "train_gpt.txt")
+    with pytest.raises(UsageError, match="two files of the submission would be called train_gpt.py"):
+        train_gpt.collect(tiny_config(records="train_gpt.py", submission_name="x"))
 
 
 def test_runs_are_drawn_where_matplotlib_is(record, tmp_path, monkeypatch, capsys):

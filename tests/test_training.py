@@ -287,6 +287,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(data_dir, bad, step, clip):
     assert float(max(p.abs().max() for p in models[0].parameters())) < 10
 
 
+@pytest.mark.parametrize("where, said", [("in the last step", "signal after step 2"), ("in validation", "SIGTERM")])
+def test_a_signal_at_the_end_is_not_lost(data_dir, where, said):
+    passes, before = [], {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def interrupt(model):
+        passes.append(model)
+        if len(passes) == 2 and where == "in the last step":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def validate():
+        if where == "in validation":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+    try:
+        with pytest.raises(RunStopped, match=said) as stopped:
+            train_run(tiny_config(data_dir=data_dir, iterations=2), interrupt, validate, catch_signals=True)
+        assert stopped.value.args[1] == 128 + signal.SIGTERM
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_training_after_the_step(data_dir, number):
     passes = []
