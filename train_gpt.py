@@ -437,6 +437,14 @@ class RunStopped(RuntimeError):
     """The run ends before its end; what it had is saved. args: (what happened, exit code)."""
 
 
+def check_launcher(env: Mapping[str, str]):
+    """Raise UsageError for a process that is given half a place among others."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    whole = "MASTER_ADDR" in env and all(env.get(name, "").isdecimal() for name in names)
+    if not whole and ("RANK" in env or "WORLD_SIZE" in env):
+        raise UsageError(f"{', '.join(names)} and MASTER_ADDR: torchrun sets all of them, here some are missing")
+
+
 class Runtime:
     """One rank's place in the run: device, dtype, collectives and the log.
 
@@ -446,10 +454,9 @@ class Runtime:
     def __init__(self, config: Config):
         """Find this rank's device and join the process group (NCCL on CUDA, gloo on CPU)."""
         env = os.environ
-        place = [env.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")]
-        if not PACKED and any(place[:2]) and not (all(place) and all(map(str.isdecimal, place[:3]))):
-            raise UsageError(f"RANK, WORLD_SIZE, MASTER_PORT and MASTER_ADDR are {place}: torchrun sets all of them")
-        self.rank, self.world = int(place[0] or 0), int(place[1] or 1)
+        if not PACKED:
+            check_launcher(env)
+        self.rank, self.world = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         self.main = self.rank == 0  # the one that logs and writes files
         on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
         local_rank = int(env.get("LOCAL_RANK", 0))
@@ -470,7 +477,7 @@ class Runtime:
             torch._dynamo.config.recompile_limit = 32
         if not dist.is_initialized():
             group = {"device_id": self.device} if on_gpu else {}
-            if not place[1]:
+            if "WORLD_SIZE" not in env:
                 group.update(store=dist.HashStore(), rank=0, world_size=1)
             dist.init_process_group("nccl" if on_gpu else "gloo", **group)
         self.check_alike("MODE", config.mode)
@@ -486,13 +493,13 @@ class Runtime:
             signal.signal(number, on_signal)
 
     def open_log(self, path: Path):
-        """Start rank 0's log file; raise UsageError on every rank if it is another run's."""
-        with self.agree():
-            if self.main and (path.exists() or path.with_suffix(".json").exists()):
-                raise UsageError(f"{path} or its record is there already: choose another RUN_ID or LOG_DIR")
-            if self.main:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.log_file = path.open("x", encoding="utf-8")
+        """Start rank 0's log file; an earlier one of this name, and its record, are kept as `*.old`."""
+        if self.main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for earlier in (path, path.with_suffix(".json")):
+                if earlier.exists():
+                    earlier.replace(f"{earlier}.old")
+            self.log_file = path.open("w", encoding="utf-8")
 
     def log(self, message: str = ""):
         """Print on rank 0, and write to the log file if it is open."""
@@ -1495,14 +1502,14 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
         loss, seconds, stop = pulse.read()  # zeros before the first step
         if not math.isfinite(loss):
             raise RunStopped(f"the training loss is {loss} at step {step}: lower the learning rates", 1)
-        if stop:
+        frac = seconds / budget if budget else step / config.iterations
+        done = step == config.iterations or frac >= 1
+        if stop or (done and rt.stop_signal):
             raise RunStopped(f"stopped by a signal after step {step}", 128 + int(rt.stop_signal or signal.SIGTERM))
         if step and (step <= 5 or step % config.train_log_every == 0 or seconds - shown > 30):
             shown = seconds
             rt.log(f"{step}/{config.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m "
                    f"tok/s: {step * config.train_batch_tokens / max(seconds, 1e-9):.0f}")
-        frac = seconds / budget if budget else step / config.iterations
-        done = step == config.iterations or frac >= 1
         if done or (config.val_loss_every and step and step % config.val_loss_every == 0):
             rt.in_training = False  # a signal ends this at once
             with rt.pause():
@@ -1526,8 +1533,6 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
         step += 1
         if config.ema_decay or config.swa_every:
             average.update(step, multiplier)
-    if rt.stop_signal:  # it came in the last step
-        raise RunStopped(f"stopped by a signal after step {step}", 128 + rt.stop_signal)
     seconds = rt.clock() - begin
     if step < config.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time: {seconds * 1000:.0f}ms step: {step}/{config.iterations}")
@@ -1842,7 +1847,7 @@ class TrellisQuantizer:
             for whole in shared:
                 self.rt.all_reduce(whole)
             q, step, columns, rows = (whole.cpu() for whole in shared)
-            tensors |= {f"{name}.q": q.to(torch.int32), f"{name}.step": step[:, 0],
+            tensors |= {f"{name}.q": q, f"{name}.step": step[:, 0],
                         f"{name}.columns": columns.to(torch.int8), f"{name}.rows": rows.to(torch.int8)}
         return tensors
 

@@ -1111,13 +1111,16 @@ def test_a_distribution_must_add_up_to_one(rt):
         assert found == {"causal": True, "normalized": ok}
 
 
-@pytest.mark.parametrize("left", ["run.txt", "run.json"])
-def test_another_runs_log_and_record_stay(corpus, tmp_path, rt, left):
+def test_an_earlier_runs_log_and_record_are_kept(corpus, tmp_path, rt):
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / left).write_text("another run's")
-    with pytest.raises(train_gpt.UsageError, match="run.txt or its record is there already: choose another RUN_ID"):
-        tiny_run(tmp_path, corpus[0], rt)
-    assert [path.read_text() for path in (tmp_path / "logs").iterdir()] == ["another run's"]
+    for kind in ("txt", "json"):
+        (tmp_path / "logs" / f"run.{kind}").write_text(f"an earlier run's {kind}")
+    tiny_run(tmp_path, corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+    assert {path.name for path in (tmp_path / "logs").iterdir()} == {
+        "run.txt", "run.json", "run.txt.old", "run.json.old"}
+    for kind in ("txt", "json"):
+        assert (tmp_path / "logs" / f"run.{kind}.old").read_text() == f"an earlier run's {kind}"
+        assert "earlier" not in (tmp_path / "logs" / f"run.{kind}").read_text()
 
 
 def test_trained_weights_are_kept_whatever_happens_then(corpus, tmp_path, rt):
