@@ -2922,7 +2922,7 @@ def deviation(config: Config, model: GPT, scores: Scores, window: tuple[int, int
     places = torch.arange(start, start + config.eval_seq_len + 1, device=val.tokens.device)
     tokens = val.tokens[places.clamp(max=val.targets)].long()
     nll = F.cross_entropy(model.logits(tokens[None, :-1], count)[0], tokens[-count:], reduction="none")
-    entered = scores.nll[places[-count - 1]:][:count]  # fewer at the split's end
+    entered = scores.nll[:val.targets][start + config.eval_seq_len - count:][:count]  # fewer at the split's end
     return float((entered - nll[:len(entered)]).mean())
 
 
