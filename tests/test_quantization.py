@@ -371,18 +371,21 @@ def test_the_trellis_costs_less_than_row_scales(rt, monkeypatch):
 
 
 class ThreadRank(RankOf):
-    """One of several ranks that are threads of this process: their sums are real."""
+    """One of several ranks that are threads of this process: what they share is real."""
 
     def __init__(self, rank: int, barrier: threading.Barrier, given: dict):
         super().__init__(rank, barrier.parties)
         self.barrier, self.given, self.log_file = barrier, given, None
 
+    def gather(self, value):
+        self.given[self.rank] = value
+        self.barrier.wait(20)
+        values = [self.given[rank] for rank in range(self.world)]
+        self.barrier.wait(20)
+        return values
+
     def all_reduce(self, tensor, asynchronous=False):
-        self.given[self.rank] = tensor.clone()
-        self.barrier.wait(20)
-        total = sum(self.given.values())
-        self.barrier.wait(20)
-        tensor.copy_(total)
+        tensor.copy_(sum(self.gather(tensor.clone())))
 
 
 def on_ranks(world: int, work) -> list:
