@@ -2984,7 +2984,7 @@ class SourceStripper(ast.NodeTransformer):
 
     The sentences of errors and checks become their line in the readable script and the values that they name. The
     settings that the script is packed for keep no other choices, and with these go the branches that they would take,
-    where `PACKED` or `config.<setting> == "<value>"` decides it.
+    where `PACKED` and such settings (`config.<setting>`, `self.config.<setting>`, `<setting>`) decide a condition.
     """
 
     EXPLANATIONS = ("HOW_TO_GET_DATA", "allowed_values")

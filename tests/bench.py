@@ -22,6 +22,7 @@ MICRO_BATCH_TOKENS: the script's own code runs on tensors without values (PyTorc
 with attention that keeps its inputs and its output, as the fused kernels do. An estimate, not a measurement.
 """
 import argparse
+import collections
 import dataclasses
 import itertools
 import json
@@ -106,11 +107,11 @@ class PlainGPT(GPT):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def seconds(function) -> float:
+def seconds(function, clock=time.perf_counter) -> float:
     """Wall time of one call."""
-    begin = time.perf_counter()
+    begin = clock()
     function()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 class Steps:
@@ -171,12 +172,7 @@ def matmul_gflops(rt: Runtime) -> float:
     """GFLOP/s of this machine's matrix product in the compute dtype."""
     size = 8192 if rt.device.type == "cuda" else 1024
     square = torch.randn(size, size, device=rt.device, dtype=rt.dtype)
-
-    def product() -> float:
-        begin = rt.clock()
-        square @ square
-        return rt.clock() - begin
-    return 2 * size**3 / statistics.median(product() for _ in range(9)) / 1e9
+    return 2 * size**3 / statistics.median(seconds(lambda: square @ square, rt.clock) for _ in range(9)) / 1e9
 
 
 def speed(data_dir: str) -> list[dict]:
@@ -350,12 +346,11 @@ def coder_overhead(tensors: dict[str, torch.Tensor]) -> float | None:
     coded = {k: t for k, t in train_gpt.encode_trellises(tensors).items() if k.startswith("code.")}
     if not coded:
         return None
-    ideal, counts = 0.0, {}
+    ideal, counts = 0.0, collections.defaultdict(collections.Counter)  # for each context
     for name in [k[:-8] for k in tensors if k.endswith(".columns")]:
         q, contexts = tensors[f"{name}.q"].numpy(), train_gpt.trellis_contexts(tensors, name)
         for pair, n in zip(*np.unique((contexts + (q & 1) << 32) + (q >> 1), return_counts=True)):
-            counts.setdefault(int(pair + 2**31) >> 32, {})[int(pair)] = int(n) + counts.get(
-                int(pair + 2**31) >> 32, {}).get(int(pair), 0)
+            counts[pair + 2**31 >> 32][pair] += n
     for histogram in counts.values():
         n = np.array(list(histogram.values()))
         ideal -= float((n * np.log2(n / n.sum())).sum())
