@@ -180,9 +180,9 @@ def rt() -> train_gpt.Runtime:
     return train_gpt.Runtime(tiny_config())
 
 
-def torchrun(ranks: int, *command: str, cwd: Path, env: dict[str, str], timeout: int = 240, nodes: int = 1):
-    """Run a Python script on several gloo ranks of this machine; returns the finished process (text output)."""
+def torchrun(ranks: int, *command: str, cwd: Path, env: dict[str, str], timeout: int = 240):
+    """Run a Python script on several gloo ranks of this machine, or (0) without torchrun; its end and text output."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *command],
-        cwd=cwd, env={**clean, "OMP_NUM_THREADS": "1", **env}, timeout=timeout, capture_output=True, text=True)
+    agent = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return subprocess.run([sys.executable, *agent, *command], cwd=cwd, env={**clean, "OMP_NUM_THREADS": "1", **env},
+                          timeout=timeout, capture_output=True, text=True)

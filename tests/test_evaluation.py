@@ -17,7 +17,7 @@ MODES = ["plain", "sliding", "ttt"]
 # A shallow model, small passes (each is filled up with padding), a chunk of three sequences in batches of two.
 SMALL = dict(NUM_LAYERS=4, MODEL_DIM=32, LOOP_START=1, LOOP_END=2, NUM_LOOPS=1, PARALLEL_RESIDUAL_START=3,
              EVAL_SEQ_LEN=LENGTH, EVAL_STRIDE=STRIDE, TTT_CHUNK_TOKENS=CHUNK, TTT_BATCH_SEQS=2, TTT_LR=0.02,
-             MICRO_BATCH_TOKENS=512)
+             TTT_EPOCHS=2, MICRO_BATCH_TOKENS=512)
 TARGETS = 2 * CHUNK + 21
 
 
@@ -146,7 +146,7 @@ def test_ttt_equals_a_slow_loop(overrides, targets):
 def test_no_update_follows_the_last_chunk():
     config = small_config()
     model = looping_model(config)
-    for targets, updates in ((CHUNK, 0), (CHUNK + 1, 3 * 2), (3 * CHUNK, 2 * 3 * 2)):
+    for targets, updates in ((CHUNK, 0), (CHUNK + 1, 2 * 2), (3 * CHUNK, 2 * 2 * 2)):
         calls, learner = [], copy.deepcopy(model)
         evaluate_ttt(config, Runtime(config), learner, lambda *pair: calls.append(pair) or learner(*pair), learner.nll,  # noqa: B023
                      random_split(targets, config))

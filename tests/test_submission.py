@@ -35,10 +35,9 @@ def load_packed(folder):
 def test_packing_is_deterministic_and_idempotent():
     packed = pack_source(SOURCE, train_gpt.Config())
     code = "import hashlib; from train_gpt import *; print(hashlib.sha256(pack_source(SOURCE, Config())).hexdigest())"
-    for seed in ("0", "1"):
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-                              env={"PYTHONHASHSEED": seed, "PATH": ""})
-        assert done.stdout.strip() == train_gpt.sha256(packed)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
+                          env={"PYTHONHASHSEED": "1", "PATH": ""})
+    assert done.stdout.strip() == train_gpt.sha256(packed), "with other hashes of strings"
     assert pack_source(packed, train_gpt.Config()) == packed
 
 
@@ -167,12 +166,13 @@ def test_packed_script_computes_the_same(tmp_path):
 
 def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
     (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE, train_gpt.Config()))
-    for env in ({"SEED": "x", "TTT_EPOCH": "1"}, {"NUM_HEADS": "7"}):
-        said = [subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, capture_output=True, text=True,
-                               env={**env, "PATH": ""}) for folder in (ROOT, tmp_path)]
-        assert said[0].returncode == said[1].returncode == 2
-        assert all(x.stderr.startswith("train_gpt.py: ") for x in said)
-        assert all(value in x.stderr for x in said for value in ({"SEED", "'x'"} if "SEED" in env else {"NUM_HEADS=7"}))
+    for env, values in (({"SEED": "x", "TTT_EPOCH": "1"}, {"SEED", "'x'"}), ({"NUM_HEADS": "7"}, {"NUM_HEADS=7"})):
+        with pytest.raises(UsageError) as readable:
+            train_gpt.read_config(env)
+        done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
+                              env={**env, "PATH": ""})
+        assert done.returncode == 2 and done.stderr.startswith("train_gpt.py: ")
+        assert all(value in done.stderr and value in str(readable.value) for value in values)
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={"PATH": "", "DATA_DIR": "nowhere"})
     line, value = re.match(r"train_gpt.py: \((\d+), PosixPath\('nowhere/tokenizers/", done.stderr)[1], "no tokenizer at"
@@ -182,7 +182,7 @@ def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
 def test_the_packed_script_packs_itself_and_refuses_what_it_is_not_packed_for(tmp_path):
     code = pack_source(SOURCE, train_gpt.Config())
     (tmp_path / "train_gpt.py").write_bytes(code)
-    for env in ({"MODE": "collect"}, {"PRESET": "smoke"}, {"QUANTIZER": "sdclip"}, {"MODE": "pack", "OUT_DIR": "made"}):
+    for env in ({"MODE": "collect"}, {"QUANTIZER": "sdclip"}, {"MODE": "pack", "OUT_DIR": "made"}):
         done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
                               env={"PATH": "", **env})
         (name, value), = list(env.items())[:1]
@@ -193,8 +193,9 @@ def test_the_packed_script_packs_itself_and_refuses_what_it_is_not_packed_for(tm
     assert (tmp_path / "made" / "train_gpt.py").read_bytes() == code
 
 
-@pytest.mark.parametrize("name, early", [("difflib.py", True), ("difflib/__init__.py", True),
-                                         ("flash_attn_interface.py", False)])
+@pytest.mark.parametrize("name, early", [
+    ("difflib.py", True), ("flash_attn_interface.py", False),
+    pytest.param("difflib/__init__.py", True, marks=pytest.mark.slow)])
 def test_code_beside_the_script_is_refused(tmp_path, name, early):
     """It would run, and not be counted."""
     (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE, train_gpt.Config()) if early else SOURCE)
@@ -211,7 +212,7 @@ VENV = "venv/lib/python3.10/site-packages"
 
 
 @pytest.mark.parametrize("place, name", [pytest.param(
-    place, name, marks=[] if (place, name) in (("a/b/c", "difflib.py"), ("lib", "later.py"), (VENV, "difflib.py"))
+    place, name, marks=[] if (place, name) in (("a/b/c", "difflib.py"), (VENV, "difflib.py"))
     else pytest.mark.slow) for place in ("lib", "a/b/c", "my-site-packages", VENV)
     for name in ("difflib.py", "difflib/__init__.py", "later.py")])
 def test_code_anywhere_below_the_script_is_refused(place, name, tmp_path):
@@ -239,14 +240,10 @@ def test_source_has_only_python_310_grammar():
                 assert text.count(quote[1]) == 2, text
 
 
-def test_pack_mode_never_overwrites_the_running_script(tmp_path):
-    script = tmp_path / "train_gpt.py"
-    script.write_bytes(SOURCE)
-    for mode in ("pack", "train"):
-        done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True,
-                              env={"MODE": mode, "OUT_DIR": ".", "PATH": ""})
-        assert done.returncode == 2 and "would overwrite" in done.stderr
-    assert script.read_bytes() == SOURCE
+@pytest.mark.parametrize("mode", ["pack", "train"])
+def test_the_running_script_is_never_overwritten(mode):
+    with pytest.raises(UsageError, match="would overwrite"):
+        train_gpt.read_config({"MODE": mode, "OUT_DIR": str(ROOT)})
 
 
 @pytest.mark.parametrize("mode, refused", [("train", True), ("pack", True), ("eval", False)])
