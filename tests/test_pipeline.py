@@ -25,8 +25,8 @@ SMALL = {"PRESET": "smoke", "NUM_LAYERS": "4", "LOOP_START": "1", "LOOP_END": "2
 class Run:
     """A finished run: its folder, output and record."""
 
-    def __init__(self, folder, ranks):
-        folder.mkdir()
+    def __init__(self, folder, ranks, data):
+        shutil.copytree(data, folder / "out" / "smoke_data")
         self.folder, self.done = folder, torchrun(ranks, str(ROOT / "train_gpt.py"), cwd=folder, env=SMALL)
         assert self.done.returncode == 0, self.done.stdout + self.done.stderr
         self.record = json.loads((folder / "logs" / "run.json").read_text())
@@ -35,10 +35,14 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The same run on one and on two ranks."""
+    """The same run on one and on two ranks, with half of the smoke corpus's validation split."""
     folder = tmp_path_factory.mktemp("runs")
+    config = train_gpt.Config.from_env({"PRESET": "smoke", "DATA_DIR": str(folder / "data")})
+    train_gpt.write_embedded_corpus(config)
+    val, = train_gpt.shard_files(config, "val")
+    train_gpt.write_shard(val, train_gpt.open_shard(val)[:4000])
     with ThreadPoolExecutor(2) as pool:
-        return tuple(pool.map(Run, (folder / "one", folder / "two"), (1, 2)))
+        return tuple(pool.map(Run, (folder / "one", folder / "two"), (1, 2), 2 * [folder / "data"]))
 
 
 STAGES = ("prequant", "quantized", "sliding", "ttt")

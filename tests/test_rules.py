@@ -390,7 +390,7 @@ def test_conditions_on_two_ranks(check, mode, plant, two_ranks):
 TINY_RUN = dict(
     PRESET="smoke", VOCAB_SIZE=512, NUM_LAYERS=4, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, LOOP_START=1, LOOP_END=2,
     NUM_LOOPS=1, PARALLEL_RESIDUAL_START=3, TRAIN_SEQ_LEN=32, EVAL_SEQ_LEN=32, ROPE_TRAIN_SEQ_LEN=32, EVAL_STRIDE=16,
-    TRAIN_BATCH_TOKENS=1024, ITERATIONS=4, VAL_LOSS_EVERY=2, GPTQ_CALIBRATION_BATCHES=1, TTT_EPOCHS=1,
+    TRAIN_BATCH_TOKENS=1024, ITERATIONS=4, VAL_LOSS_EVERY=0, GPTQ_CALIBRATION_BATCHES=1, TTT_EPOCHS=1,
     TTT_CHUNK_TOKENS=1024, RUN_ID="run", DEVICE="cpu", QUANTIZER="sdclip")
 
 
@@ -714,7 +714,8 @@ def test_validation_losses_choose_nothing(select, corpus, tmp_path, rt):
             calls.append(self)
             return {**finish(self), "val_loss": 5 + change * len(calls), "val_bpb": 5 + change * len(calls)}
         with patched(Scores, "finish", other), patched(train_gpt, "train", choosing if select else honest):
-            record = tiny_run(tmp_path / str(number), corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+            record = tiny_run(tmp_path / str(number), corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0,
+                              VAL_LOSS_EVERY=2)
         assert len(calls) > 3
         found.add(record["artifact_sha256"])
     assert len(found) == 1 + bool(select)
