@@ -288,7 +288,7 @@ def uneven_over_ranks(rank, world):
                                 for name, g in random_gradients(model, step).items()}
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_share_muon_and_get_the_same_weights(rt, tmp_path, ranks):
     """Five layers are banks of 10 and 5 matrices: neither divides by three, and 5 not by two."""
     settings = tiny_env(num_layers=5)

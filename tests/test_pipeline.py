@@ -188,7 +188,8 @@ def test_two_nodes_train_as_one(runs, tmp_path):
 
 
 BAD_INPUT = [
-    (3, {}, "3 ranks cannot share TRAIN_BATCH_TOKENS=4096, which is 32 sequences of 128: use 1, 2, 4, 8, 16, 32 ranks"),
+    (2, {"TRAIN_BATCH_TOKENS": "1152"},
+     "2 ranks cannot share TRAIN_BATCH_TOKENS=1152, which is 9 sequences of 128: use 1, 3, 9 ranks"),
     (0, {"PRESET": "pr1541", "DEVICE": "cpu"}, "PRESET=smoke"),
     (0, {"MODE": "eval", "OUT_DIR": "nowhere"}, "MODE=eval needs the artifact nowhere/final_model.ptz"),
     pytest.param(0, {"TTT_EPOCH": "2"}, "did you mean TTT_EPOCHS?", marks=pytest.mark.slow)]
