@@ -52,7 +52,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import tokenize
 import types
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -3162,40 +3161,26 @@ def strip_source(source: str, **settings: object) -> str:
     drop_unused(tree)
     drop_unread_settings(tree, packed_for)
     shorten_names(tree)
-    lines = map(spare_parentheses, ast.unparse(tree).splitlines(keepends=True))
-    return join_lines(close_gaps("".join(lines)))
+    return join_lines(ast.unparse(tree))
 
 
-def spare_parentheses(line: str) -> str:
-    """Drop the parentheses of a statement's line without which it means the same."""
+def spare_characters(statement: str) -> str:
+    """Drop the parentheses, and the blanks beside operators, without which a statement's line means the same."""
     def meaning(text: str) -> str | None:
-        text = re.sub("^el(?=if )", "", text.strip())
+        text = re.sub(r"^el(?=if\b)", "", text)
         try:
             return ast.dump(ast.parse(text + " pass" * text.endswith(":"), feature_version=(3, 10)))
         except SyntaxError:
             return None
 
-    whole, opened = meaning(line), [i for i, c in enumerate(line) if c == "("]
-    for begin in reversed(opened if whole else []):
-        depths = itertools.accumulate({"(": 1, ")": -1}.get(c, 0) for c in line[begin:])
-        end = begin + next((i for i, depth in enumerate(depths) if not depth), 0)
-        fewer = line[:begin] + line[begin + 1:end] + line[end + 1:]
-        line = fewer if meaning(fewer) == whole else line
-    return line
-
-
-def close_gaps(source: str) -> str:
-    """Drop the blanks beside operators, strings excepted."""
-    lines, strings = source.splitlines(keepends=True), 0
-    tokens, gaps = list(tokenize.generate_tokens(io.StringIO(source).readline)), []
-    for left, right in zip(tokens, tokens[1:]):
-        strings += tokenize.tok_name[left.type] == "FSTRING_START"
-        strings -= tokenize.tok_name[left.type] == "FSTRING_END"
-        if not strings and tokenize.OP in (left.type, right.type) and left.end[0] == right.start[0]:
-            gaps.append((left.end, right.start[1]))
-    for (row, begin), end in reversed(gaps):
-        lines[row - 1] = lines[row - 1][:begin] + lines[row - 1][end:]
-    return "".join(lines)
+    whole = meaning(statement)
+    for pattern in (r"\(", r"(?<=\W) | (?=\W)") if whole else ():
+        for begin in reversed([match.start() for match in re.finditer(pattern, statement)]):
+            depths = itertools.accumulate({"(": 1, ")": -1}.get(c, 0) for c in statement[begin:])
+            end = begin + next((i for i, depth in enumerate(depths) if not depth), 0)  # a blank's is where it begins
+            fewer = statement[:begin] + statement[begin + 1:end] + statement[end + 1:]
+            statement = fewer if meaning(fewer) == whole else statement
+    return statement
 
 
 def join_lines(source: str) -> str:
@@ -3205,7 +3190,7 @@ def join_lines(source: str) -> str:
 
     lines: list[list] = []  # [depth, text]
     for line in filter(str.strip, source.splitlines()):
-        depth, text = (len(line) - len(line.lstrip())) // 4, line.lstrip()
+        depth, text = (len(line) - len(line.lstrip())) // 4, spare_characters(line.lstrip())
         if lines and lines[-1][0] == depth and not opens(text) and not opens(lines[-1][1]):
             last = lines[-1][1].rpartition(";")[2]
             both_import = text.startswith("import ") and last.startswith("import ")

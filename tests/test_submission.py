@@ -445,8 +445,6 @@ def test_layout_changes_nothing_but_the_layout(monkeypatch):
     """Lines joined, parentheses and blanks dropped: the same syntax tree, but for imports on one line."""
     packed = strip_source(SOURCE.decode())
     monkeypatch.setattr(train_gpt, "join_lines", lambda source: source)
-    monkeypatch.setattr(train_gpt, "close_gaps", lambda source: source)
-    monkeypatch.setattr(train_gpt, "spare_parentheses", lambda line: line)
     plain = strip_source(SOURCE.decode())
     trees = [ast.parse(source) for source in (packed, plain)]
     for tree in trees:
