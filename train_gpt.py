@@ -1242,8 +1242,8 @@ class GPT(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Softcapped logits of final states: [..., D] -> [..., V] fp32."""
-        z = F.linear(x, (self.embedding / self.config.logit_softcap).to(self.dtype))
-        return z.float().tanh_().mul_(self.config.logit_softcap)
+        z = self.project(x, self.embedding.to(self.dtype), "head").float()
+        return (z / self.config.logit_softcap).tanh_() * self.config.logit_softcap
 
     def logits(self, ids: Tensor, last: int) -> Tensor:
         """Softcapped logits of the last `last` positions of each row: [B, T] -> [B, last, V] fp32."""
@@ -1636,9 +1636,7 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
         for number in range(0, config.gptq_calibration_batches, 16):
             for batch in data.batch(number):
                 for ids, targets in zip(*(t.split(-(-len(t) // 4)) for t in batch)):  # not compiled: it takes more room
-                    z = watched(model.hidden(ids).flatten(0, 1), model.embedding.to(model.dtype), "head").float()
-                    cap = config.logit_softcap
-                    F.cross_entropy(cap * torch.tanh(z / cap), targets.flatten(), reduction="sum").backward()
+                    model.nll(ids, targets).sum().backward()
                     tokens += ids.numel()
     model.requires_grad_(True)
     for total in sums.values():
