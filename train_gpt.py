@@ -1570,16 +1570,6 @@ def small_tensors(model: GPT) -> dict[str, Tensor]:
     return {name: p.detach().half().cpu() for name, p in model.named_parameters() if p.numel() <= KEPT_FP16_ELEMENTS}
 
 
-@contextlib.contextmanager
-def replaced_products(model: GPT, project: Callable[[Tensor, Tensor, str], Tensor]) -> Iterator[None]:
-    """Let `project` do the model's matrix products (see GPT.project) for a while."""
-    model.project = project  # shadows the method on this one model
-    try:
-        yield
-    finally:
-        del model.project
-
-
 @torch.no_grad()
 def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -> dict[str, Tensor]:
     """Mean of x x^T over training tokens for every input x of a matrix product: {site: [in, in] fp32}.
@@ -1590,21 +1580,18 @@ def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(x: Tensor, site: str):
-        rows = x.flatten(0, -2).float()
-        if site not in sums:
-            sums[site], counts[site] = torch.zeros(rows.size(1), rows.size(1), device=rows.device), 0
-        sums[site].addmm_(rows.t(), rows)
-        counts[site] += len(rows)
-
     def observed(x: Tensor, matrix: Tensor, site: str) -> Tensor:
-        add(x, site)
+        rows = x.flatten(0, -2).float()
+        sums[site] = torch.addmm(sums.get(site, rows.new_zeros(())), rows.t(), rows)
+        counts[site] = counts.get(site, 0) + len(rows)
         return F.linear(x, matrix)
 
-    with replaced_products(model, observed):
-        for number in rt.told("calibration", range(config.gptq_calibration_batches)):
-            for inputs, _ in data.batch(number):
-                add(model.hidden(inputs), "head")
+    model.project = observed  # shadows the method on this one model
+    for number in rt.told("calibration", range(config.gptq_calibration_batches)):
+        for inputs, _ in data.batch(number):
+            x = model.hidden(inputs)
+            observed(x, x[:0, 0], "head")  # no logits are needed: no row of the matrix
+    del model.project
     for site, total in sums.items():
         rt.all_reduce(total)
         total /= counts[site] * rt.world
@@ -1630,15 +1617,14 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
         y.register_hook(add)
         return y
 
-    tokens = 0
+    tokens, model.project = 0, watched
     model.requires_grad_(False).embedding.requires_grad_(True)  # gradients flow, but none of the matrices' own is made
-    with replaced_products(model, watched):
-        for number in range(0, config.gptq_calibration_batches, 16):
-            for batch in data.batch(number):
-                for ids, targets in zip(*(t.split(-(-len(t) // 4)) for t in batch)):  # not compiled: it takes more room
-                    model.nll(ids, targets).sum().backward()
-                    tokens += ids.numel()
-    model.requires_grad_(True)
+    for number in range(0, config.gptq_calibration_batches, 16):
+        for batch in data.batch(number):
+            for ids, targets in zip(*(t.split(-(-len(t) // 4)) for t in batch)):  # not compiled: it takes more room
+                model.nll(ids, targets).sum().backward()
+                tokens += ids.numel()
+    del model.requires_grad_(True).project
     for total in sums.values():
         rt.all_reduce(total)
         total /= tokens * rt.world
