@@ -1708,11 +1708,6 @@ def round_with_feedback(weight: Tensor, factor: ErrorFactor, step: Tensor, choos
     return torch.empty_like(integers).scatter_(-1, order, integers)
 
 
-def dequantize(integers: Tensor, scale: Tensor) -> Tensor:
-    """Undo gptq_quantize: integers [..., out, in] times row scales [..., out], fp32."""
-    return integers.float() * scale.float()[..., None]
-
-
 # Trellis-coded quantization (Marcellin and Fischer 1990). A column is coded from top to bottom in paths of TRELLIS_ROWS
 # entries, each from state 0. Even states may take even multiples of the step, odd states odd ones: an entry of index k
 # is (2 * k + state % 2) * step, and the parity of k chooses the next state, by Ungerboeck's code of 32 states (1982:
@@ -2001,10 +1996,6 @@ class RansDecoder:
             self.state[:len(context)] = x
         return symbols
 
-    def left(self) -> bool:
-        """Whether something is left unread, or something else was read than was written."""
-        return self.at != len(self.words) or (self.state != LEAST_STATE).any()
-
 
 def trellis_contexts(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
     """Contexts [matrices, out, in] of the entries of NAME.q where they take even multiples; odd ones have one more."""
@@ -2063,7 +2054,7 @@ def decode_trellises(tensors: dict[str, Tensor]):
             q[..., t::TRELLIS_ROWS, :] = 2 * indices + (state & 1)
             state = NEXT_STATE[state, indices & 1]
         tensors[f"{name}.q"] = torch.from_numpy(q)
-    if decoder.left() or at != len(escapes):
+    if decoder.at != len(words) or at != len(escapes) or (decoder.state != LEAST_STATE).any():
         raise ArtifactError("the coded indices do not end where they should")
 
 
@@ -2220,7 +2211,7 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
             plain, q, scale, step, columns, _ = (left.pop(f"{name}{suffix}", None) for suffix in (
                 "", ".q", ".scale", ".step", ".columns", ".rows"))
             if q is not None and scale is not None and scale.shape == q.shape[:-1]:
-                plain = dequantize(q, scale)
+                plain = q.float() * scale.float()[..., None]
             elif q is not None and q.dtype == torch.int32 and q.dim() == 3 and step is not None and (
                     columns is not None) and (step.shape, columns.shape) == (q.shape[:1], q.shape[::2]):
                 plain = q.float() * column_steps(step, columns)

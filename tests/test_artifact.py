@@ -277,7 +277,7 @@ def message():
 def read_all(chunks, tables, states, words):
     decoder = train_gpt.RansDecoder(states, words, tables)
     found = [decoder.read(contexts) for contexts, _ in chunks]
-    assert not decoder.left(), "the coded indices end elsewhere"
+    assert decoder.at == len(words) and (decoder.state == 1 << 16).all(), "the coded indices end elsewhere"
     return found
 
 
