@@ -231,7 +231,10 @@ class Config:
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         problems, given, base = [], {}, {}
         if ALIASES:
-            env, problems = meant_by_preset(env)
+            meant = ALIASES.get(env.get("PRESET"), {})
+            problems += [UsageError(f"{name} means {meant[name]} with PRESET={env['PRESET']}: set one of them")
+                         for name in meant if name in env and meant[name] in env]
+            env = {meant.get(name, name): text for name, text in env.items()}
         if not PACKED:  # which does without settings that nothing in it reads
             problems += misspelt(env, list(fields))
             problems += [UsageError(f"the artifact was made with {name}, which is no setting of its own in this script")
@@ -350,14 +353,6 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
 
 
-def meant_by_preset(env: Mapping[str, str]) -> tuple[dict[str, str], list]:
-    """Give the variables of `env` the names that its PRESET means by them, and describe those that then clash."""
-    aliases = ALIASES.get(env.get("PRESET"), {})
-    clashes = [UsageError(f"{name} means {aliases[name]} with PRESET={env['PRESET']}: set one of them")
-               for name in aliases if name in env and aliases[name] in env]
-    return {aliases.get(name, name): text for name, text in env.items()}, clashes
-
-
 def misspelt(env: Mapping[str, str], known: list[str]) -> list[str]:
     """Describe each variable of `env` that is no setting but is nearly one, or carries a prefix of one."""
     problems = []
@@ -408,15 +403,12 @@ def rule_with_values(rule: str, values: Mapping[str, object]) -> str:
 def print_help():
     """MODE=help: print every variable with type, default, allowed values and meaning, grouped by room."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `MODE=help ... | head` ends quietly
-    room = None
-    for field in dataclasses.fields(Config):
-        if field.metadata["room"] != room:
-            room = field.metadata["room"]
-            print(f"\n{room}")
-        default = int(field.default) if isinstance(field.default, bool) else field.default
-        shown = default if default != "" else "''"
-        print(f"  {field.name.upper():<27} {type(field.default).__name__:<6} {shown!s:<9} "
-              f"{field.metadata['meaning']} [{allowed_values(field)}]")
+    for room, fields in itertools.groupby(dataclasses.fields(Config), lambda field: field.metadata["room"]):
+        print(f"\n{room}")
+        for field in fields:
+            name, _, default = assignments({field.name: field.default}).partition("=")
+            print(f"  {name:<27} {type(field.default).__name__:<6} {default or repr(''):<9} "
+                  f"{field.metadata['meaning']} [{allowed_values(field)}]")
     print("\npresets (PRESET=...; any variable overrides them)")
     for name, values in PRESETS.items():
         print(f"  {name:<9}", assignments(values))
