@@ -2953,8 +2953,6 @@ class SourceStripper(ast.NodeTransformer):
     where `PACKED` and such settings (`config.<setting>`, `self.config.<setting>`, `<setting>`) decide a condition.
     """
 
-    EXPLANATIONS = ("HOW_TO_GET_DATA", "allowed_values")
-
     def __init__(self, packed_for: Mapping[str, tuple[str, ...]]):
         values = {name: values[0] for name, values in packed_for.items() if len(values) == 1}
         config = types.SimpleNamespace(**values)
@@ -2968,7 +2966,8 @@ class SourceStripper(ast.NodeTransformer):
         if isinstance(next(iter(node.args[place:]), None), (ast.Constant, ast.JoinedStr)):
             parts = getattr(node.args[place], "values", ())
             values = [part.value for part in parts if isinstance(part, ast.FormattedValue)
-                      and getattr(getattr(part.value, "func", part.value), "id", "") not in self.EXPLANATIONS]
+                      and getattr(getattr(part.value, "func", part.value), "id", "") not in (
+                          "HOW_TO_GET_DATA", "allowed_values")]
             line = [] if place else [ast.Constant(node.lineno)]  # a check has its name
             alone = len(node.args) == 1 and getattr(node.func, "id", "").endswith("Error")
             node.args[place:place + 1] = [*line, *values] if alone else [ast.Tuple([*line, *values], ast.Load())]
@@ -3043,20 +3042,16 @@ def defined_names(node: ast.stmt) -> list[str]:
 
 def drop_unused(tree: ast.Module):
     """Drop imports and the module's own functions, classes and constants that nothing refers to."""
-    tree.body = [node for node in tree.body if getattr(node, "module", "") != "__future__"]  # no annotations are left
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom):
-            node.names = [alias for alias in node.names if (alias.asname or alias.name) in used]
-    tree.body = [node for node in tree.body if getattr(node, "names", True)]
-    makers: dict[str, ast.stmt] = {name: node for node in tree.body for name in defined_names(node)}
-    wanted, kept = [node for node in tree.body if not defined_names(node)] + [makers.get("SOURCE")], set()
-    while wanted:
-        node = wanted.pop()
-        if node and node not in kept:
-            kept.add(node)
-            wanted += [makers.get(name.id) for name in ast.walk(node) if isinstance(name, ast.Name)]
-    tree.body = [node for node in tree.body if node in kept]
+    body = [node for node in tree.body if getattr(node, "module", "") != "__future__"]  # no annotations are left
+    tree.body = []
+    while tree.body != body:
+        tree.body = body
+        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        for node in body:
+            if isinstance(node, ast.ImportFrom):
+                node.names = [alias for alias in node.names if (alias.asname or alias.name) in used]
+        body = [node for node in body if getattr(node, "names", True) and
+                (not defined_names(node) or {"SOURCE", *used} & {*defined_names(node)})]
 
 
 def drop_unread_settings(tree: ast.Module, packed_for: Mapping[str, tuple]):
