@@ -3424,7 +3424,7 @@ def run_training(config: Config, rt: Runtime):
     with rt.agree():  # nobody looks for the corpus before it is written
         if config.corpus == "embedded" and rt.main:
             write_embedded_corpus(config)
-    code_bytes = len(pack_source(SOURCE, config))
+    code_bytes, out_dir = len(pack_source(SOURCE, config)), Path(config.out_dir)
     if config.target_bytes <= code_bytes:
         raise UsageError(f"TARGET_BYTES={config.target_bytes}, but the code alone has {code_bytes}")
     val, data = ValidationData(config, rt, load_tokenizer(config)), TrainData(config, rt)
@@ -3468,11 +3468,14 @@ def run_training(config: Config, rt: Runtime):
             record.check("shards_unchanged", not changed, f"on {changed} ranks the training shards' files have changed")
         except Exception:
             with contextlib.suppress(OSError, RuntimeError):
-                write_files(config, rt, {"stopped_model.pt": weights_file(model)})
+                if rt.main:
+                    write_file(out_dir / "stopped_model.pt", weights_file(model))
             raise
-        write_files(config, rt, {"final_model.pt": weights_file(model), ARTIFACT_NAME: artifact,
-                                 "train_gpt.py": pack_source(SOURCE, config)})
-        stored = rt.gather(Path(config.out_dir, ARTIFACT_NAME).read_bytes() if rt.main else None)[0]
+        if rt.main:
+            write_file(out_dir / "final_model.pt", weights_file(model))
+            write_file(out_dir / ARTIFACT_NAME, artifact)
+            write_file(out_dir / "train_gpt.py", pack_source(SOURCE, config))
+        stored = rt.gather((out_dir / ARTIFACT_NAME).read_bytes() if rt.main else None)[0]
         if rt.main and stored != artifact:
             raise ArtifactError(f"another run has written to OUT_DIR={config.out_dir} meanwhile")
         score_artifact(config, rt, record, val, stored)
@@ -3504,12 +3507,6 @@ def weights_file(model: GPT) -> bytes:
     file = io.BytesIO()
     torch.save({name: p.detach().cpu() for name, p in model.named_parameters()}, file)
     return file.getvalue()
-
-
-def write_files(config: Config, rt: Runtime, files: Mapping[str, bytes]):
-    """Write files to OUT_DIR, on rank 0."""
-    for name, data in files.items() if rt.main else ():
-        write_file(Path(config.out_dir, name), data)
 
 
 def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationData, artifact: bytes):
