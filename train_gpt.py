@@ -2531,9 +2531,9 @@ static void update(Model *m, int byte) {
 }
 
 /* Predict each byte of the tokens among its siblings, then count it; negative: where the model is confident. */
-void predict_text(Short *shorts, Page *pages, int bits, u64 *used, u64 *history, double confident, int64_t tokens,
-                  const int32_t *rows, const int32_t *paths, int longest, const uint8_t *bytes, const u64 *siblings,
-                  float *found) {
+void predict_text(Short *shorts, Page *pages, u64 *used, u64 *history, const int32_t *rows, const int32_t *paths,
+                  const uint8_t *bytes, const u64 *siblings, float *found, int bits, int longest, int64_t tokens,
+                  double confident) {
     Model m = { shorts, pages, bits, used, history };
     for (int64_t t = 0; t < tokens; t++) {
         const int32_t *path = paths + (int64_t)rows[t] * longest;
@@ -2598,12 +2598,10 @@ class PPM:
         """
         trie, found = self.trie, np.empty(int(self.trie.length[rows].sum()), np.float32)
         siblings = ~np.zeros_like(trie.siblings) if among_all else trie.siblings
-        arrays = [x.ctypes.data_as(ctypes.c_void_p) for x in (
-            self.shorts, self.pages, self.used, self.history, rows, trie.path, trie.byte, siblings, found)]
-        shorts, pages, used, history, rows_at, path, byte, siblings_at, found_at = arrays
-        ppm_library().predict_text(shorts, pages, ctypes.c_int(self.table_bits), used, history,
-                                   ctypes.c_double(PPM_CONFIDENT), ctypes.c_int64(len(rows)), rows_at, path,
-                                   ctypes.c_int(trie.path.shape[1]), byte, siblings_at, found_at)
+        arrays = (self.shorts, self.pages, self.used, self.history, rows, trie.path, trie.byte, siblings, found)
+        ppm_library().predict_text(*(ctypes.c_void_p(x.ctypes.data) for x in arrays), ctypes.c_int(self.table_bits),
+                                   ctypes.c_int(trie.path.shape[1]), ctypes.c_int64(len(rows)),
+                                   ctypes.c_double(PPM_CONFIDENT))
         return found
 
 
