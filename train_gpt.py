@@ -1237,10 +1237,6 @@ class GPT(nn.Module):
         z = self.project(x, self.embedding.to(self.dtype), "head").float()
         return (z / self.config.logit_softcap).tanh_() * self.config.logit_softcap
 
-    def logits(self, ids: Tensor, last: int) -> Tensor:
-        """Softcapped logits of the last `last` positions of each row: [B, T] -> [B, last, V] fp32."""
-        return self.head(self.hidden(ids)[:, -last:])
-
     def nll(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Score: nats of each target [B, S] of the last S positions of ids [B, T], under the full softmax, fp32."""
         x, rows = self.hidden(ids)[:, -targets.size(1):].flatten(0, 1), HEAD_CHUNK_TOKENS[ids.device.type]
@@ -2637,7 +2633,7 @@ class ByteShares:
     @torch.no_grad()
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
         """GPT.nll; `keep` then learns where the targets stand."""
-        logits = self.model.logits(ids, targets.size(1)).flatten(0, 1)
+        logits = self.model.head(self.model.hidden(ids)[:, -targets.size(1):]).flatten(0, 1)
         self.seen_rows = self.trie.rows(ids[:, -targets.size(1):], targets).flatten()
         parts = [self.trie.shares(*part) for part in zip(logits.split(1024), self.seen_rows.split(1024))]
         self.seen = [torch.cat(part) for part in zip(*parts)]
@@ -2885,7 +2881,7 @@ def deviation(config: Config, model: GPT, scores: Scores, window: tuple[int, int
     (start, count), val = window, scores.val
     places = torch.arange(start, start + config.eval_seq_len + 1, device=val.tokens.device)
     tokens = val.tokens[places.clamp(max=val.targets)].long()
-    nll = F.cross_entropy(model.logits(tokens[None, :-1], count)[0], tokens[-count:], reduction="none")
+    nll = F.cross_entropy(model.head(model.hidden(tokens[None, :-1])[0, -count:]), tokens[-count:], reduction="none")
     entered = scores.nll[:val.targets][start + config.eval_seq_len - count:][:count]  # fewer at the split's end
     return float((entered - nll[:len(entered)]).mean())
 

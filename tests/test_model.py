@@ -143,8 +143,7 @@ def test_model_is_the_slow_reference(overrides, looping):
     expected_nll = expected.logsumexp(-1) - expected.gather(-1, targets[..., None])[..., 0]
     expected_nll.mean().backward()
     with torch.no_grad():
-        torch.testing.assert_close(model.logits(ids, ids.size(1)).double(), expected, rtol=0, atol=5e-4)
-        torch.testing.assert_close(model.logits(ids, 3).double(), expected[:, -3:], rtol=0, atol=5e-4)
+        torch.testing.assert_close(model.head(model.hidden(ids)).double(), expected, rtol=0, atol=5e-4)
         torch.testing.assert_close(model.nll(ids, targets).double(), expected_nll, rtol=0, atol=5e-4)
         torch.testing.assert_close(model.nll(ids, targets[:, -4:]).double(), expected_nll[:, -4:], rtol=0, atol=5e-4)
     loss = model(ids, targets)
@@ -429,11 +428,11 @@ def test_no_position_sees_the_future_or_another_row(looping):
     model, ids = tiny_model(tiny_config(), noise=0.2), random_ids(3, 32)
     model.looping = looping
     with torch.no_grad():
-        before = model.logits(ids, 32)
+        before = model.head(model.hidden(ids)[:, -32:])
         for t in (0, 13, 31):
             changed = ids.clone()
             changed[1, t] += 1 if ids[1, t] < 299 else -1
-            after = model.logits(changed, 32)
+            after = model.head(model.hidden(changed)[:, -32:])
             assert torch.equal(before[1, :t], after[1, :t])
             assert torch.equal(before[[0, 2]], after[[0, 2]])
             assert (before[1, t:] != after[1, t:]).any(-1).all()  # all later ones do see it

@@ -577,7 +577,7 @@ def test_a_byte_mixture_stands_beside_the_neural_score(values, stage, corpus, tm
         for p in range(val.targets):
             start = p // LENGTH * LENGTH
             with torch.no_grad():
-                logits = model.logits(val.tokens[None, start:p + 1].long(), 1)[0]
+                logits = model.head(model.hidden(val.tokens[None, start:p + 1].long())[0, -1:])
             share, rest = trie.shares(logits, rows[p:p + 1])
             shares.append(share)
             rests.append(rest)
