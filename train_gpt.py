@@ -1266,36 +1266,35 @@ def newton_schulz(g: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     return x.mT if tall else x
 
 
-def bind_gradients(params: list[Tensor], sizes: list[int] | None = None) -> Tensor:
-    """Make every gradient a view into one flat buffer of zeros, which is returned; `sizes` may ask for padding."""
-    sizes = sizes or [p.numel() for p in params]
+def bind_gradients(params: list[Tensor]) -> Tensor:
+    """Make every gradient a view into one flat buffer of zeros, which is returned."""
+    sizes = [p.numel() for p in params]
     flat = torch.zeros(sum(sizes), device=params[0].device)
     for p, segment in zip(params, flat.split(sizes)):
-        p.grad = segment[:p.numel()].view_as(p)
+        p.grad = segment.view_as(p)
     return flat
 
 
 class Optimizer:
     """Muon on the banks and AdamW on everything else, the tables of tokens apart, for one rank and many.
 
-    All gradients live in one flat buffer. A step sums each bank's gradients into the rank that owns that slice of the
-    bank (reduce-scatter), orthogonalizes the own slice, and gathers the updates behind the AdamW steps. A bank whose
-    matrices do not divide by the ranks is padded with zeros, which an update leaves at zero.
+    Gradients live in a buffer for each bank and one for all the rest. A step sums each bank's gradients into the rank
+    that owns that slice of the bank (reduce-scatter), orthogonalizes the own slice, and gathers the updates behind the
+    AdamW steps. A bank whose matrices do not divide by the ranks is padded with zeros, which an update leaves at zero.
     """
 
     def __init__(self, config: Config, rt: Runtime, model: GPT):
-        """Lay the gradients of `model` into one buffer and make the optimizer states."""
+        """Lay the gradients of `model` into buffers of zeros and make the optimizer states."""
         self.config, self.rt = config, rt
         named = dict(model.named_parameters())
         self.banks = [p for name, p in named.items() if name.endswith("bank")]
         tables = [named[name] for name in TABLES if name in named]
         rest = [p for name, p in named.items() if not name.endswith(("bank", *TABLES))]
         padded = [-(-len(bank) // rt.world) * rt.world for bank in self.banks]
-        sizes = [n * bank[0].numel() for n, bank in zip(padded, self.banks)]
-        small = [*tables, *rest]
-        self.grads = bind_gradients([*self.banks, *small], sizes + [p.numel() for p in small])
-        *bank_grads, self.small_grads = self.grads.split([*sizes, len(self.grads) - sum(sizes)])
-        self.bank_grads = [g.view(n, *bank.shape[1:]) for g, n, bank in zip(bank_grads, padded, self.banks)]
+        self.bank_grads = [bank.new_zeros(n, *bank.shape[1:]) for n, bank in zip(padded, self.banks)]
+        for bank, grad in zip(self.banks, self.bank_grads):
+            bank.grad = grad[:len(bank)]
+        self.small_grads = bind_gradients([*tables, *rest])
         self.momenta = [torch.zeros_like(g[:len(g) // rt.world]) for g in self.bank_grads]
         self.adamw = torch.optim.AdamW(
             [{"params": tables, "lr": config.tied_embed_lr, "weight_decay": config.embed_wd},
@@ -1303,12 +1302,11 @@ class Optimizer:
             betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
         self.base_lrs = [group["lr"] for group in self.adamw.param_groups]
 
-    def zero_grad(self):
-        """Forget the gradients of the last step."""
-        self.grads.zero_()
-
     def step(self, lr_multiplier: float, momentum: float):
-        """Average the gradients over ranks, clip them, update all weights. Nothing here waits for the device."""
+        """Average the gradients over ranks, clip them, update all weights, forget the gradients.
+
+        Nothing here waits for the device.
+        """
         world = self.rt.world
         slices = [torch.empty_like(m) for m in self.momenta]
         pending = [reduce_scatter(s, g, async_op=True) for s, g in zip(slices, self.bank_grads)]
@@ -1326,6 +1324,7 @@ class Optimizer:
             work.wait()
             scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
             bank.data.mul_(1 - lr * self.config.muon_wd).add_(update[:len(bank)], alpha=-lr * scale)
+        torch._foreach_zero_([*self.bank_grads, self.small_grads])
 
     def clip(self, slices: list[Tensor]):
         """Bound the norm of the averaged gradient of all weights; one that is not finite becomes zero.
@@ -1467,7 +1466,6 @@ def warm_up(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Tr
         optimizer = Optimizer(config, rt, model)
         for step in rt.told("warm-up", range(len(states) * config.warmup_steps)):
             model.looping, model.late_qat = states[step // config.warmup_steps]
-            optimizer.zero_grad()
             backward_batch(loss_fn, data.batch(step))
             optimizer.step(1.0, config.muon_momentum)
         model.looping = model.late_qat = False
@@ -1513,7 +1511,6 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
         if config.late_qat_threshold and not model.late_qat and multiplier < config.late_qat_threshold:
             model.late_qat = True
             rt.log(f"late_qat:enabled step:{step} frac:{frac:.3f}")
-        optimizer.zero_grad()
         step_loss = backward_batch(loss_fn, data.batch(step))
         pulse.send(step_loss, time.perf_counter() - rt.paused - begin)
         optimizer.step(multiplier, muon_momentum(config, step))

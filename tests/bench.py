@@ -143,7 +143,6 @@ class Steps:
         kept, clock = (train_gpt.reduce_scatter, train_gpt.all_gather), self.rt.clock
         begin = clock()
         batch = self.data.batch(self.steps)
-        self.optimizer.zero_grad()
         times = [clock()]
         self.parts["data"] = times[0] - begin
         for inputs, targets in batch:
