@@ -1846,7 +1846,6 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
 #   into pieces that are compressed each on its own (so that all cores work)
 
 ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 3
-ARTIFACT_PREFIX = struct.Struct("<4sHI32s")
 PIECE_BYTES, MAX_RAW_BYTES, MAX_WEIGHTS = 4 << 20, 1 << 30, 1 << 28
 ARTIFACT_DTYPES = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "float16": torch.float16,
                    "float32": torch.float32}
@@ -2065,8 +2064,7 @@ def pack_artifact(tensors: Mapping[str, Tensor], header: Mapping[str, object]) -
             "streams": [len(s) for s in streams]}
     packed_head = brotli.compress(json.dumps(head, separators=(",", ":")).encode(), quality=11)
     body = struct.pack("<HI", ARTIFACT_VERSION, len(packed_head)) + packed_head + b"".join(streams)
-    digest = hashlib.sha256(body).digest()
-    return ARTIFACT_PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed_head), digest) + body[6:]
+    return ARTIFACT_MAGIC + body[:6] + hashlib.sha256(body).digest() + body[6:]
 
 
 def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -2074,16 +2072,15 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
 
     Raises ArtifactError for a truncated, altered or foreign file, or a header that lies about shapes or sizes.
     """
-    if len(data) < ARTIFACT_PREFIX.size or data[:4] != ARTIFACT_MAGIC:
+    if len(data) < 42 or data[:4] != ARTIFACT_MAGIC:
         raise ArtifactError("this is no artifact of train_gpt.py (wrong magic or too short)")
-    _, version, head_bytes, digest = ARTIFACT_PREFIX.unpack_from(data)
+    version, head_bytes = struct.unpack("<HI", data[4:10])
     if version != ARTIFACT_VERSION:
         raise ArtifactError(f"the artifact has version {version}, this script reads {ARTIFACT_VERSION}")
-    body = data[ARTIFACT_PREFIX.size:]
-    if hashlib.sha256(struct.pack("<HI", version, head_bytes) + body).digest() != digest:
+    if hashlib.sha256(data[4:10] + data[42:]).digest() != data[10:42]:
         raise ArtifactError("the artifact is damaged: its checksum does not fit (truncated or altered)")
     try:
-        return read_body(body, head_bytes)
+        return read_body(data[42:], head_bytes)
     except RunStopped:
         raise
     except Exception as error:  # whatever a foreign file makes the libraries raise

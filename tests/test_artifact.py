@@ -536,9 +536,8 @@ def fuzz(count: int, rt) -> tuple[int, int]:
     """Mutate a real artifact; returns how many mutants were refused and how many read (checksum put right again)."""
     config, rng, refused = tiny_config(MODEL_DIM=16, NUM_HEADS=2, NUM_KV_HEADS=1), random.Random(0), 0
     good = pack_artifact(tensors_of(tiny_model(config)), artifact_header(config))
-    _, _, head_bytes, _ = train_gpt.ARTIFACT_PREFIX.unpack_from(good)
-    begin = train_gpt.ARTIFACT_PREFIX.size
-    head, streams = brotli.decompress(good[begin:begin + head_bytes]), good[begin + head_bytes:]
+    end = 42 + int.from_bytes(good[6:10], "little")
+    head, streams = brotli.decompress(good[42:end]), good[end:]
     for number in range(count):
         if number % 4 == 0:  # the file as it is, checksum and all: always refused
             data = mutated(rng, good)
