@@ -1846,6 +1846,7 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
 #   into pieces that are compressed each on its own (so that all cores work)
 
 ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 3
+ARTIFACT_BODY = 42  # where the header begins
 PIECE_BYTES, MAX_RAW_BYTES, MAX_WEIGHTS = 4 << 20, 1 << 30, 1 << 28
 ARTIFACT_DTYPES = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "float16": torch.float16,
                    "float32": torch.float32}
@@ -2072,15 +2073,15 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
 
     Raises ArtifactError for a truncated, altered or foreign file, or a header that lies about shapes or sizes.
     """
-    if len(data) < 42 or data[:4] != ARTIFACT_MAGIC:
+    if len(data) < ARTIFACT_BODY or data[:4] != ARTIFACT_MAGIC:
         raise ArtifactError("this is no artifact of train_gpt.py (wrong magic or too short)")
     version, head_bytes = struct.unpack("<HI", data[4:10])
     if version != ARTIFACT_VERSION:
         raise ArtifactError(f"the artifact has version {version}, this script reads {ARTIFACT_VERSION}")
-    if hashlib.sha256(data[4:10] + data[42:]).digest() != data[10:42]:
+    if hashlib.sha256(data[4:10] + data[ARTIFACT_BODY:]).digest() != data[10:ARTIFACT_BODY]:
         raise ArtifactError("the artifact is damaged: its checksum does not fit (truncated or altered)")
     try:
-        return read_body(data[42:], head_bytes)
+        return read_body(data[ARTIFACT_BODY:], head_bytes)
     except RunStopped:
         raise
     except Exception as error:  # whatever a foreign file makes the libraries raise
