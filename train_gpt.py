@@ -3118,8 +3118,7 @@ def strip_source(source: str, **settings: object) -> str:
     drop_unused(tree)
     drop_unread_settings(tree, packed_for)
     shorten_names(tree)
-    lines = (line.partition(line.lstrip()) for line in ast.unparse(tree).splitlines() if line)
-    return "".join(f"{indent[::4]}{spare_characters(text)}\n" for indent, text, _ in lines)
+    return join_lines(ast.unparse(tree))
 
 
 def spare_characters(statement: str) -> str:
@@ -3139,6 +3138,30 @@ def spare_characters(statement: str) -> str:
             fewer = statement[:begin] + statement[begin + 1:end] + statement[end + 1:]
             statement = fewer if meaning(fewer) == whole else statement
     return statement
+
+
+def join_lines(source: str) -> str:
+    """Put statements that follow each other on one line, a block of them beside its head, imports into one."""
+    def opens(line: str) -> bool:
+        return line.endswith(":") or line.startswith("@")
+
+    lines: list[list] = []  # [depth, text]
+    for line in filter(str.strip, source.splitlines()):
+        depth, text = (len(line) - len(line.lstrip())) // 4, spare_characters(line.lstrip())
+        if lines and lines[-1][0] == depth and not opens(text) and not opens(lines[-1][1]):
+            last = lines[-1][1].rpartition(";")[2]
+            both_import = text.startswith("import ") and last.startswith("import ")
+            lines[-1][1] += "," + text[7:] if both_import else ";" + text
+        else:
+            lines.append([depth, text])
+    joined, lines = [], [*lines, [0, ""], [0, ""]]
+    heads = iter(zip(lines, lines[1:], lines[2:]))
+    for (depth, text), (inner, body), (after, _) in heads:
+        if text.endswith(":") and not opens(body) and after < inner:
+            text += body
+            next(heads)
+        joined.append(" " * depth + text)
+    return "\n".join(joined) + "\n"
 
 
 @functools.cache
