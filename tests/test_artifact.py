@@ -479,6 +479,7 @@ UNREADABLE = {
     "empty": b"", "not compressed": b"not compressed", "empty text": brotli.compress(b""),
     "not JSON": brotli.compress(b"{not JSON"), "cut": brotli.compress(json.dumps(HONEST).encode())[:-3],
     "not UTF-8": brotli.compress(b"\xff\xfe{\""),
+    "Python": brotli.compress(f"dict({json.dumps(HONEST)})".encode()),
     "more behind it": brotli.compress(json.dumps(HONEST).encode()) + b"more",
     "nested lists": brotli.compress(b"[" * 100_000 + b"]" * 100_000),
     "nested objects": brotli.compress(b'{"a":' * 100_000 + b"1" + b"}" * 100_000)}

@@ -461,6 +461,14 @@ def test_the_embedded_corpus_never_replaces_a_file(tmp_path, corpus, missing):
     assert {name: after.get(name) for name in before} == before
 
 
+def test_a_signal_during_the_tokenizers_training_is_no_bad_setting(tmp_path, monkeypatch):
+    def stopped(**_):
+        raise train_gpt.RunStopped("stopped by SIGTERM", 143)
+    monkeypatch.setattr(train_gpt.spm.SentencePieceTrainer, "train", stopped)
+    with pytest.raises(train_gpt.RunStopped):
+        train_gpt.write_embedded_corpus(tiny_config(CORPUS="embedded", DATA_DIR=tmp_path))
+
+
 def test_wrong_tokenizers_are_refused(tmp_path, corpus):
     model = corpus.tokenizer
     with pytest.raises(UsageError, match="no tokenizer at .*fineweb_512_bpe.model"):

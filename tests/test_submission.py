@@ -194,17 +194,19 @@ def test_the_packed_script_packs_itself_and_refuses_what_it_is_not_packed_for(tm
 
 
 @pytest.mark.parametrize("name, early", [
-    ("difflib.py", True), ("flash_attn_interface.py", False),
-    pytest.param("difflib/__init__.py", True, marks=pytest.mark.slow)])
+    ("brotli.py", True), ("flash_attn_interface.py", False),
+    *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("difflib.py", "difflib/__init__.py"))])
 def test_code_beside_the_script_is_refused(tmp_path, name, early):
     """It would run, and not be counted."""
     (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE, train_gpt.Config()) if early else SOURCE)
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    text = Path(difflib.__file__).read_text() if early else "print('uncounted')"
+    text = {"difflib": Path(difflib.__file__).read_text(), "brotli": "import os, sys\ndel sys.modules['brotli']\n"
+            "sys.path.remove(os.path.dirname(os.path.abspath(__file__)))\nimport brotli  # the real one takes its place"
+            }.get(name[:-3].split("/")[0], "print('uncounted')")
     (tmp_path / name).write_text(text)
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
                           env={"PATH": "", **({"MODE": "help"} if early else {"ATTENTION": "fa3", "PRESET": "smoke"})})
-    said = "difflib" if early else "ATTENTION=fa3 needs a Hopper GPU"
+    said = str(tmp_path / name) if early else "ATTENTION=fa3 needs a Hopper GPU"
     assert done.returncode == 2 and said in done.stderr and "uncounted" not in done.stdout, done.stderr
 
 
@@ -589,8 +591,8 @@ def test_failed_checks_are_shown(record, tmp_path, monkeypatch):
                                                       ("matrix_lr", 0.1), ("vocab_size", 4096))),
     {"preset": "smoke"}, {"source_sha256": "0"}, {"code_sha256": "0"},
     {"train_sha256": "0"}, {"val_sha256": "0"}, {"tokenizer_sha256": "0"}, {"hardware": "8x NVIDIA H200"},
-    {"torch": "2.9.0"}, {"mode": "eval"}, {"seed": 42}, {"artifact_sha256": "42"},
-    {"compliant": None, "stopped": "RunStopped"}], ids=str)
+    {"torch": "2.9.0"}, {"python": "3.10.0"}, {"attention_backend": "fa3"}, {"mode": "eval"}, {"seed": 42},
+    {"artifact_sha256": "42"}, {"compliant": None, "stopped": "RunStopped"}], ids=str)
 def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch, change, capsys):
     records = contest_records(record)
     records[1].update({**change, "settings": {**records[1]["settings"], **change.get("settings", {})}})
