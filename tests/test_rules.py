@@ -1178,7 +1178,8 @@ def test_what_one_rank_finds_fails_the_check_of_all():
     for others, ok in (([True], True), ([True, False], False)):
         found = {}
         record = SimpleNamespace(
-            rt=SimpleNamespace(rank=0, micro_batch_tokens=4096, gather=lambda value, others=others: [value, *others]),
+            rt=SimpleNamespace(rank=0, world=len(others) + 1, micro_batch_tokens=4096,
+                               gather=lambda value, others=others: [value, *others]),
             data={"artifact_sha256": "5"}, check=lambda name, ok, detail, found=found: found.update({name: ok}))
         train_gpt.check_scoring(record, config, model, model.nll, val)
         assert found == {"causal": ok, "normalized": ok}
