@@ -2854,7 +2854,7 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
     length, rows, vocab = config.eval_seq_len, windows_at_once(config, record.rt), config.vocab_size
     ahead, draw = torch.arange(length + 1, device=val.tokens.device), artifact_draw(record)
     batches = max(3, windows_to_check(val.targets // config.eval_stride) // (rows * record.rt.world))
-    wrong, ok = 0, True
+    wrong, still = 0, 0.0
     for number in range(batches):
         starts = torch.from_numpy(draw.integers(val.targets - length + 1, size=(rows, 1)))
         tokens = val.tokens[starts.to(ahead) + ahead].long()
@@ -2864,9 +2864,9 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
         pairs = (tokens, tokens), [torch.where(ahead < begin, tokens, other) for begin in (cut, cut + 1)]
         same = torch.eq(*(nll_fn(ids[:, :-1].contiguous(), targets[:, 1:].contiguous()) for ids, targets in pairs))
         wrong += int((~same[:, :cut]).sum())
-        ok = ok and float(same[:, cut:].float().mean()) < 0.5  # by chance, a few after it may be the same
-    record.check("causal", all(record.rt.gather(ok and not wrong)), f"with other tokens from a place on, in {batches} "
-                 f"times {rows} windows, {wrong} scores before it change; those after it do")
+        still = max(still, float(same[:, cut:].float().mean()))  # by chance, a few after it may be the same
+    record.check("causal", all(record.rt.gather(not wrong and still < 0.5)), f"in {batches} times {rows} windows with "
+                 f"other tokens from a place on {wrong} scores before it change, and {1 - still:.0%} of those after it")
     candidates = torch.arange(vocab, device=tokens.device)[:, None].split(max(1, record.rt.micro_batch_tokens // 9))
     mass = 0.0
     for c in candidates:  # each is the target of the last place but one, and stands in the input after it
@@ -3442,9 +3442,9 @@ def run_training(config: Config, rt: Runtime):
     with rt.agree():  # nobody looks for the corpus before it is written
         if config.corpus == "embedded" and rt.main:
             write_embedded_corpus(config)
-    code_bytes, out_dir = len(pack_source(SOURCE, config)), Path(config.out_dir)
-    if config.target_bytes <= code_bytes:
-        raise UsageError(f"TARGET_BYTES={config.target_bytes}, but the code alone has {code_bytes}")
+    code, out_dir = pack_source(SOURCE, config), Path(config.out_dir)
+    if config.target_bytes <= len(code):
+        raise UsageError(f"TARGET_BYTES={config.target_bytes}, but the code alone has {len(code)}")
     val, data = ValidationData(config, rt, load_tokenizer(config)), TrainData(config, rt)
     if config.prequant_ttt_enabled and val.targets < config.train_seq_len:
         raise UsageError(f"PREQUANT_TTT_ENABLED=1 needs {config.train_seq_len} validation tokens (TRAIN_SEQ_LEN)")
@@ -3489,10 +3489,9 @@ def run_training(config: Config, rt: Runtime):
                 if rt.main:
                     write_file(out_dir / "stopped_model.pt", weights_file(model))
             raise
-        if rt.main:
-            write_file(out_dir / "final_model.pt", weights_file(model))
-            write_file(out_dir / ARTIFACT_NAME, artifact)
-            write_file(out_dir / "train_gpt.py", pack_source(SOURCE, config))
+        files = {"final_model.pt": weights_file(model), ARTIFACT_NAME: artifact, "train_gpt.py": code}
+        for name, content in files.items() if rt.main else ():
+            write_file(out_dir / name, content)
         stored = rt.gather((out_dir / ARTIFACT_NAME).read_bytes() if rt.main else None)[0]
         if rt.main and stored != artifact:
             raise ArtifactError(f"another run has written to OUT_DIR={config.out_dir} meanwhile")
@@ -3630,7 +3629,8 @@ def refuse_code_beside():
     files = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
     files = {file.resolve() for file in files if file.is_absolute()}  # PyTorch has invented ones, too
     # A stranger may have put what it stands for in its own place.
-    files |= {path for path in script.parent.iterdir() if path.name.partition(".")[0] in sys.modules}
+    files |= {path for path in script.parent.iterdir() if path.name.partition(".")[0] in sys.modules
+              and (path.suffix in (".py", ".pyc", ".so") or (path / "__init__.py").is_file())}
     strangers = sorted(str(file) for file in files - {script} if beside(file))
     if strangers:
         raise UsageError(f"{', '.join(strangers)}: imported from the script's folder, not counted")

@@ -1000,7 +1000,8 @@ def test_no_time_is_free(corpus, tmp_path, rt):
 
 @pytest.mark.parametrize("stage", ["score_mixture", *(
     pytest.param(stage, marks=pytest.mark.slow)
-    for stage in ("unpack_artifact", "adapt", "score_windows", "model_from_artifact", "check_scoring"))])
+    for stage in ("unpack_artifact", "adapt", "score_windows", "model_from_artifact", "check_scoring",
+                  "evaluate_ttt"))])
 def test_all_from_the_artifact_on_counts_as_evaluation_time(corpus, tmp_path, rt, stage):
     """Three chunks: two adaptations."""
     chunk = train_gpt.ValidationData(config := tiny_run_config(corpus[0], corpus[0]), rt,

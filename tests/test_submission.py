@@ -182,7 +182,7 @@ def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
 def test_the_packed_script_packs_itself_and_refuses_what_it_is_not_packed_for(tmp_path):
     code = pack_source(SOURCE, train_gpt.Config())
     (tmp_path / "train_gpt.py").write_bytes(code)
-    for env in ({"MODE": "collect"}, {"QUANTIZER": "sdclip"}, {"MODE": "pack", "OUT_DIR": "made"}):
+    for env in ({"MODE": "collect"}, {"PRESET": "smoke"}, {"QUANTIZER": "sdclip"}, {"MODE": "pack", "OUT_DIR": "made"}):
         done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
                               env={"PATH": "", **env})
         (name, value), = list(env.items())[:1]
@@ -208,6 +208,16 @@ def test_code_beside_the_script_is_refused(tmp_path, name, early):
                           env={"PATH": "", **({"MODE": "help"} if early else {"ATTENTION": "fa3", "PRESET": "smoke"})})
     said = str(tmp_path / name) if early else "ATTENTION=fa3 needs a Hopper GPU"
     assert done.returncode == 2 and said in done.stderr and "uncounted" not in done.stdout, done.stderr
+
+
+def test_a_name_alone_is_no_stranger(tmp_path):
+    """Neither a text nor a folder without code can be imported in a module's place."""
+    (tmp_path / "train_gpt.py").write_bytes(SOURCE)
+    (tmp_path / "token.txt").write_text("secret")
+    (tmp_path / "platform").mkdir()
+    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PATH": "", "MODE": "help"})
+    assert done.returncode == 0, done.stderr
 
 
 VENV = "venv/lib/python3.10/site-packages"
