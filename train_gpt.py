@@ -112,7 +112,8 @@ class Config:
     log_dir: str = _run("./logs", "folder for the log and the record")
     device: str = _run("auto", "auto: the GPU where there is one", choices=("auto", "cuda", "cpu"))
     compile: str = _run("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
-    attention: str = _run("auto", "auto: FlashAttention-3 if importable", choices=("auto", "fa3", "sdpa", "plain"))
+    attention: str = _run("auto", "auto: FlashAttention-3 on Hopper if importable", choices=("auto", "fa3", "sdpa",
+                                                                                               "plain"))
     micro_batch_tokens: int = _run(0, "tokens a rank holds at a time; 0: 98304 on CUDA, 4096 on CPU", 0, 2**24)
 
     data_dir: str = _data("./data", "folder with datasets/ and tokenizers/")
@@ -315,7 +316,7 @@ STORED_SETTINGS = (*SETTLED_SETTINGS, *(f.name for f in dataclasses.fields(Confi
                                         if f.metadata["room"] == "evaluation"))
 
 PRESETS = {
-    # PR #1541 is the default system: the fields above are its values.
+    # PR #1541 is the default system: the fields above are its values, but for test-time training.
     "pr1541": {"ttt_enabled": True},
     "pr1858": {"parallel_residual": "plain", "matrix_lr": 0.022, "muon_momentum": 0.99, "quantizer": "sdclip",
                "ttt_enabled": True, "ttt_epochs": 2},
@@ -327,7 +328,7 @@ PRESETS = {
                "max_skips": 5, "smear_gate_enabled": True, "matrix_lr": 0.02, "muon_momentum": 0.99,
                "warmdown_frac": 0.667, "late_qat_threshold": 0.15, "gptq_calibration_batches": 256,
                "quantizer": "sdclip", "matrix_clip_sigmas": 9.5},
-    # Every stage in about a minute on two CPU cores, with no data and no GPU: the same pipeline, small numbers.
+    # Every stage in about two minutes on two CPU cores, with no data and no GPU: the same pipeline, small numbers.
     "smoke": {
         "data_dir": "./out/smoke_data", "corpus": "embedded", "vocab_size": 1024, "num_layers": 8, "model_dim": 96,
         "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8, "loop_start": 2, "loop_end": 3, "num_loops": 2,
@@ -360,7 +361,7 @@ def misspelt(env: Mapping[str, str], known: list[str]) -> list[str]:
         if name in known or not name.isupper() or len(name) < 4:
             continue
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.87 if len(name) > 5 else 0.75)
-        close = close or [setting for setting in known if "_" in name and setting.startswith(f"{name}_")]
+        close = close or [other for other in known if "_" in name and other.startswith(f"{name}_")]
         if not close and name.startswith(KNOWN_PREFIXES):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         if close:
@@ -429,7 +430,7 @@ class RunStopped(Exception):
 
 
 def check_launcher(env: Mapping[str, str]):
-    """Raise UsageError for a process that is given half a place among others."""
+    """Raise UsageError if only some of torchrun's variables are set."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
     whole = "MASTER_ADDR" in env and all(env.get(name, "").isdecimal() for name in names)
     if not whole and ("RANK" in env or "WORLD_SIZE" in env):
@@ -458,14 +459,14 @@ class Runtime:
         self.dtype = torch.bfloat16 if on_gpu else torch.float32  # of the matrix products; masters stay fp32
         self.compile = on_gpu if config.compile == "auto" else config.compile == "1"
         self.micro_batch_tokens = config.micro_batch_tokens or (98304 if on_gpu else 4096)
-        self.attention = choose_attention(config.attention, on_gpu)
         self.paused, self.log_file = 0.0, None
         self.stop_signal, self.in_training = 0, False
         if on_gpu:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-            # Recompiled for training, plain and sliding windows, with and without loops and gradients.
+        if self.compile:  # again for training, plain and sliding windows, with and without loops and gradients
             torch._dynamo.config.recompile_limit = 32
+        self.attention = choose_attention(config.attention, on_gpu)
         if not dist.is_initialized():
             group = {"device_id": self.device} if on_gpu else {}
             if "WORLD_SIZE" not in env:
@@ -492,7 +493,7 @@ class Runtime:
                     earlier.replace(f"{earlier}.old")
             self.log_file = path.open("w", encoding="utf-8")
 
-    def log(self, message: str = ""):
+    def log(self, message: str):
         """Print on rank 0, and write to the log file if it is open."""
         if self.main:
             print(message, flush=True)
@@ -500,7 +501,7 @@ class Runtime:
                 self.log_file.write(message + "\n")
                 self.log_file.flush()
 
-    def told(self, stage: str, items: Sequence) -> Iterator:
+    def progress(self, stage: str, items: Sequence) -> Iterator:
         """Yield the items; every 10 s, log how many of them are done and about how long the others will take."""
         begin = shown = time.perf_counter()
         for done, item in enumerate(items):
@@ -512,7 +513,7 @@ class Runtime:
             yield item
 
     def clock(self) -> float:
-        """Seconds, counted from anywhere, without pauses, after the device has finished what it was given."""
+        """Seconds since an arbitrary point, pauses excluded; waits for the device first."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - self.paused
@@ -632,7 +633,7 @@ HOW_TO_GET_DATA = ("Get FineWeb with the contest's downloader (see README.md), s
 def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
     """Load the tokenizer; raise UsageError unless it has VOCAB_SIZE pieces, the contest's control ids and all ASCII.
 
-    The text that it must give back is of all kinds of letters, together in words as well: rules may be about several.
+    The sample that it must give back is single ASCII characters, then prose: normalization may be about sequences.
     """
     path = config.tokenizer
     if not path.is_file():
@@ -739,18 +740,18 @@ class TrainData:
         # Static shapes: every micro-batch is the same share of a rank's sequences, as large as the memory bound allows.
         self.micro_sequences = max(n for n in range(1, per_rank + 1)
                                    if per_rank % n == 0 and (n == 1 or n * self.seq_len <= rt.micro_batch_tokens))
-        with rt.agree():  # every rank reads all it may train on: what it is told of nodes and folders need not be true
+        with rt.agree():  # every rank reads and hashes all shards: nodes may hold different files
             self.files = shard_files(config, "train")
             self.opened = self.stamps()
             self.shards = [open_shard(path, config.vocab_size) for path in self.files]
             self.sha256 = sha256("".join(map(sha256, self.shards)).encode())
-        # One window less than fits, unless that leaves none, so that any phase below seq_len has as many windows.
+        # One window fewer than fits, unless that leaves none: then every phase below seq_len has as many.
         counts = [max((n - self.seq_len) // self.seq_len, int(n > self.seq_len)) for n in map(len, self.shards)]
         self.first_window = np.cumsum([0, *counts])
         if self.first_window[-1] < self.sequences:
             raise UsageError(f"the training shards hold {self.first_window[-1]} windows of {self.seq_len} tokens, one "
                              f"batch takes {self.sequences}: lower TRAIN_BATCH_TOKENS or get more data")
-        # A new thread would pin its memory through GPU 0, whichever this rank's is.
+        # Otherwise a new thread would pin its memory through GPU 0, whichever this rank's is.
         chosen = (torch.cuda.set_device, (rt.device,)) if rt.device.type == "cuda" else (None, ())
         self.worker = ThreadPoolExecutor(1, "loader", *chosen)
         self.pending = (None, None)
@@ -778,12 +779,15 @@ class TrainData:
         start = self.phase[shard] + (window - self.first_window[shard]) * self.seq_len
         return self.shards[shard][start:start + self.seq_len + 1]
 
-    def assemble(self, batch: int) -> Tensor:
-        """This rank's slice of global batch `batch` on the host, [sequences / ranks, seq_len + 1] int64."""
-        first = batch * self.sequences
-        tokens = torch.from_numpy(np.stack([self.window(first + i) for i in self.rt.share(self.sequences)])
-                                  .astype(np.int64))
+    def stack(self, positions: range) -> Tensor:
+        """Windows at these positions of the endless global order, on the host: [positions, seq_len + 1] int64."""
+        tokens = torch.from_numpy(np.stack([self.window(position) for position in positions]).astype(np.int64))
         return tokens.pin_memory() if self.rt.device.type == "cuda" else tokens
+
+    def assemble(self, batch: int) -> Tensor:
+        """This rank's slice of global batch `batch`, [sequences / ranks, seq_len + 1]."""
+        share, first = self.rt.share(self.sequences), batch * self.sequences
+        return self.stack(range(first + share.start, first + share.stop))
 
     def batch(self, number: int) -> list[tuple[Tensor, Tensor]]:
         """Micro-batches (inputs, targets) of this rank's slice of global batch `number`, each [sequences, seq_len].
@@ -830,12 +834,6 @@ class ValidationData:
     def bits_per_byte(self, total_nats: float) -> float:
         """Convert the summed negative log-likelihood of all targets."""
         return total_nats / math.log(2) / self.bytes
-
-
-def first_windows(data: TrainData, count: int) -> Tensor:
-    """The first `count` training windows, or as many as there are: [windows, seq_len + 1] int64 on the device."""
-    count = min(count, int(data.first_window[-1]))
-    return torch.from_numpy(np.stack([data.window(i) for i in range(count)]).astype(np.int64)).to(data.rt.device)
 
 
 def sha256(data: bytes | np.ndarray) -> str:
@@ -1049,7 +1047,7 @@ def row_scale(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
 def fake_quantize(w: Tensor, config: Config) -> Tensor:
     """Round matrices [..., out, in] as SDClip would; gradients pass as if nothing had been done (Bengio et al. 2013).
 
-    From the warm-down's end on (LATE_QAT_THRESHOLD) the weights learn to bear their rounding.
+    Late in the warm-down (LATE_QAT_THRESHOLD) the weights so adapt to their rounding.
     """
     with torch.no_grad():
         top, step = 2 ** (config.matrix_bits - 1) - 1, row_scale(w, config.matrix_bits, config.matrix_clip_sigmas)
@@ -1093,11 +1091,11 @@ class GPT(nn.Module):
 
     BANKS = ("qo_bank", "kv_bank", "up_bank", "down_bank")
 
-    def __init__(self, config: Config, attention: str = "sdpa"):
+    def __init__(self, config: Config):
         """Make the parameters (fp32, on the CPU, from torch's global generator: torch.manual_seed decides)."""
         super().__init__()
-        self.config, self.attention, self.looping, self.late_qat = config, attention, False, False
-        self.dtype = torch.float32  # of the matrix products; `to_compute` sets another
+        self.config, self.attention, self.looping, self.late_qat = config, "sdpa", False, False
+        self.dtype = torch.float32  # of the matrix products; `to_compute` sets it and the attention kernel
         layers, dim, heads = config.num_layers, config.model_dim, config.num_heads
         kv_dim, hidden = config.num_kv_heads * config.head_dim, round(config.mlp_mult * dim)
         self.schedules = {looping: build_schedule(config, looping and config.num_loops > 0)
@@ -1142,7 +1140,7 @@ class GPT(nn.Module):
                 "embedding": ["head"], **({"value_embedding.bank": ["values"]} if self.config.ve_layers else {})}
 
     def project(self, x: Tensor, matrix: Tensor, site: str) -> Tensor:
-        """Apply a matrix [out, in]; every input of a matrix product but the loss's passes here, under its site."""
+        """Apply a matrix [out, in]. All matrix products but the training loss's go through here, named by site."""
         return F.linear(x, matrix)
 
     def layer_weights(self) -> list[LayerWeights]:
@@ -1302,7 +1300,7 @@ class Optimizer:
             betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
         self.base_lrs = [group["lr"] for group in self.adamw.param_groups]
 
-    def step(self, lr_multiplier: float, momentum: float):
+    def step(self, multiplier: float, momentum: float):
         """Average the gradients over ranks, clip them, update all weights, forget the gradients.
 
         Nothing here waits for the device.
@@ -1317,9 +1315,9 @@ class Optimizer:
         self.clip(slices)
         gathering = [self.muon_update(s, m, g, momentum) for s, m, g in zip(slices, self.momenta, self.bank_grads)]
         for group, base in zip(self.adamw.param_groups, self.base_lrs):
-            group["lr"] = base * lr_multiplier
+            group["lr"] = base * multiplier
         self.adamw.step()
-        lr = self.config.matrix_lr * lr_multiplier
+        lr = self.config.matrix_lr * multiplier
         for bank, (update, work) in zip(self.banks, gathering):
             work.wait()
             scale = math.sqrt(max(1.0, bank.size(1) / bank.size(2)))
@@ -1464,7 +1462,7 @@ def warm_up(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Tr
         rt.log(f"warm-up: {config.warmup_steps} steps in each of {len(states)} states")
         initial = [p.detach().clone() for p in model.parameters()]
         optimizer = Optimizer(config, rt, model)
-        for step in rt.told("warm-up", range(len(states) * config.warmup_steps)):
+        for step in rt.progress("warm-up", range(len(states) * config.warmup_steps)):
             model.looping, model.late_qat = states[step // config.warmup_steps]
             backward_batch(loss_fn, data.batch(step))
             optimizer.step(1.0, config.muon_momentum)
@@ -1537,7 +1535,7 @@ def prequant_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, seq
     frozen = [p.grad.unflatten(0, (-1, config.num_layers))[:, :config.prequant_ttt_freeze_blocks]  # q and o, k and v
               for p in (getattr(model, name) for name in layered) if p is not None]
     optimizer = torch.optim.AdamW(params, lr=config.prequant_ttt_lr, weight_decay=0.0)
-    for epoch in rt.told("prequant_ttt", range(config.prequant_ttt_epochs)):
+    for epoch in rt.progress("prequant_ttt", range(config.prequant_ttt_epochs)):
         cosine = 0.5 * (1 + math.cos(math.pi * epoch / config.prequant_ttt_epochs))
         optimizer.param_groups[0]["lr"] = config.prequant_ttt_lr * (0.1 + 0.9 * cosine)
         descend(config, rt, loss_fn, optimizer, grads, sequences, frozen)
@@ -1572,7 +1570,7 @@ def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -
         return F.linear(x, matrix)
 
     model.project = observed  # shadows the method on this one model
-    for number in rt.told("calibration", range(config.gptq_calibration_batches)):
+    for number in rt.progress("calibration", range(config.gptq_calibration_batches)):
         for inputs, _ in data.batch(number):
             x = model.hidden(inputs)
             observed(x, x[:0, 0], "head")  # no logits are needed: no row of the matrix
@@ -1648,7 +1646,7 @@ class ErrorFactor(NamedTuple):
     upper: Tensor  # [..., in, in]: upper Cholesky factor of the damped hessian's inverse, in that order
     dead: Tensor  # [..., in]: inputs that are always zero
 
-    def levels(self) -> Tensor:
+    def log2_diagonal(self) -> Tensor:
         """log2 of the diagonal of `upper`, [..., in], in the hessian's own order of columns."""
         diagonal = self.upper.diagonal(dim1=-2, dim2=-1).log2()
         return torch.empty_like(diagonal).scatter_(-1, self.order, diagonal)
@@ -1766,7 +1764,7 @@ class TrellisQuantizer:
             if len(own):
                 hessian = torch.stack([hessians[site] * sensitivities[site].clamp_min(1e-20) ** SENSITIVITY_POWER
                                        for site in rt.own(sites[name])])
-                levels = error_factor(hessian, 1e-3 * mean_diagonal(hessian)).levels().cpu()
+                levels = error_factor(hessian, 1e-3 * mean_diagonal(hessian)).log2_diagonal().cpu()
                 spread = own.std(-1).clamp_min(1e-12).log2() - levels.mean(-1, keepdim=True)
                 spreads += weight.size(-1) * spread.double().sum()
             self.parts.append((name, weight, hessian))
@@ -1789,7 +1787,7 @@ class TrellisQuantizer:
         exponents of the rows' spreads in steps, for the coder); a small one stays P (fp16).
         """
         tensors = dict(self.small)
-        for name, weight, hessian in self.rt.told("trellis", self.parts):
+        for name, weight, hessian in self.rt.progress("trellis", self.parts):
             own = self.rt.own(weight)
             q = torch.zeros(weight.shape, dtype=torch.int32)
             side = [torch.zeros(len(weight), n) for n in (1, weight.size(2), weight.size(1))]
@@ -1798,7 +1796,7 @@ class TrellisQuantizer:
                 cost = 0.16 * 4**price / variance  # a little less than an error's mean square, 0.27 of a squared step
                 factor = error_factor(hessian, torch.clamp(cost.to(mean), 1e-4 * mean, mean))
                 factor = ErrorFactor(*(t.cpu() for t in factor))
-                levels = factor.levels()
+                levels = factor.log2_diagonal()
                 level = levels.mean(-1, keepdim=True)
                 step = torch.exp2(level + price)
                 columns = (STEPS_PER_OCTAVE * (levels - level)).round_().clamp_(-128, 127).to(torch.int8)
@@ -1822,7 +1820,7 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
     A quantized parameter P becomes `P.q` (int8) and `P.scale` (fp16); one of at most 65,536 elements stays P (fp16).
     """
     tensors, sites = small_tensors(model), model.matrix_sites()
-    for name, p in rt.told("GPTQ", list(model.named_parameters())):
+    for name, p in rt.progress("GPTQ", list(model.named_parameters())):
         if name not in tensors:
             bits, clip_sigmas = ((config.embed_bits, config.embed_clip_sigmas) if name in TABLES else
                                  (config.matrix_bits, config.matrix_clip_sigmas))
@@ -1859,7 +1857,7 @@ class ArtifactError(ValueError):
 
 
 def compress(data: bytes, compressor: str) -> bytes:
-    """Compress one piece; what does not yield at all is not tried hard."""
+    """Compress one piece; data that hardly shrinks is not tried at the best quality."""
     if compressor == "lzma":
         return lzma.compress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
     quick = brotli.compress(data, quality=0)
@@ -2082,7 +2080,7 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
         raise ArtifactError("the artifact is damaged: its checksum does not fit (truncated or altered)")
     try:
         return read_body(data[ARTIFACT_BODY:], head_bytes)
-    except RunStopped:
+    except RunStopped:  # a signal, no fault of the file
         raise
     except Exception as error:  # whatever a foreign file makes the libraries raise
         raise ArtifactError(f"the artifact cannot be read: {error!r}") from error
@@ -2092,11 +2090,11 @@ def read_body(body: bytes, head_bytes: int) -> tuple[dict[str, Tensor], dict[str
     """Read header and streams, whatever they hold."""
     head = json.loads(brotli.Decompressor().process(body[:head_bytes], output_buffer_limit=1 << 20))
     table, lengths, compressor = head.pop("tensors"), head.pop("streams"), head["compressor"]
-    numbers = [*lengths, *(n for *_, shape in table for n in shape)]
-    if not all(type(n) is int and 0 <= n <= MAX_RAW_BYTES for n in numbers):
+    sizes = [*lengths, *(n for *_, shape in table for n in shape)]
+    if not all(type(n) is int and 0 <= n <= MAX_RAW_BYTES for n in sizes):
         raise ArtifactError("a size is negative, huge or no whole number")
     table = [(str(name), ARTIFACT_DTYPES[dtype], shape) for name, dtype, shape in table]
-    # An empty tensor, too, must be one that fits: zeros among the sizes count as ones.
+    # Zero sizes count as ones, so that no huge empty shape passes.
     if sum(math.prod(max(n, 1) for n in shape) * dtype.itemsize for _, dtype, shape in table) > MAX_RAW_BYTES:
         raise ArtifactError("the tensors are huge")
     if len({name for name, *_ in table}) != len(table) or compressor not in COMPRESSORS:
@@ -2171,7 +2169,7 @@ def fit_artifact(config: Config, rt: Runtime, quantizer: TrellisQuantizer, most_
             secant = (size - before[1]) / (price - before[0])
             slope = min(max(secant, 1.3 * slope), 0.02 * slope)
         before = price, size
-        # 16 octaves more leave nothing but zeros, and fp32's range is far yet
+        # 16 octaves coarser, all is rounded to zero, well inside fp32's range
         price = min(max(price + (aim - size) / slope, finest), finest + 16)
         if price == before[0]:
             break
@@ -2280,7 +2278,7 @@ def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores,
     for count in sorted({count for _, count in mine}, reverse=True):
         starts = torch.tensor([start for start, n in mine if n == count], device=rt.device)
         starts = F.pad(starts, (0, -len(starts) % batch), value=val.targets)
-        for start in rt.told(stage, starts.split(batch)):
+        for start in rt.progress(stage, starts.split(batch)):
             inside = start[:, None] + torch.arange(length, device=rt.device)  # [B, T] token positions
             ids = val.tokens[inside.clamp(max=val.targets)].long()
             positions = inside[:, -count:]
@@ -2298,7 +2296,7 @@ def evaluate(config: Config, rt: Runtime, nll_fn: Callable, val: ValidationData,
 
 
 def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll_fn: Callable,
-                 val: ValidationData, look: Callable[[Scores, list, range], object] = lambda *_: None) -> Scores:
+                 val: ValidationData, look: Callable[[Scores, list, int], object] = lambda *_: None) -> Scores:
     """Score-first test-time training: a chunk is scored by sliding windows, only then does the model learn from it.
 
     A window belongs to the chunk of its first scored target, so that all targets of a chunk have their final scores
@@ -2312,10 +2310,10 @@ def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll
         members[(start + config.eval_seq_len - count) // chunk].append((start, count))
     grads = bind_gradients(list(model.parameters()))
     optimizer = torch.optim.SGD(model.parameters(), lr=config.ttt_lr, momentum=config.ttt_momentum)
-    for number, chosen in enumerate(rt.told("TTT", members)):
+    for number, chosen in enumerate(rt.progress("TTT", members)):
         score_windows(config, rt, nll_fn, scores, chosen)
         if rt.own(chosen):
-            look(scores, rt.own(chosen), range(-(-32 // chunks)))
+            look(scores, rt.own(chosen), -(-32 // chunks))
         if number + 1 < chunks and config.ttt_epochs:
             cosine = 0.5 * (1 + math.cos(math.pi * number / max(chunks - 1, 1)))
             optimizer.param_groups[0]["lr"] = config.ttt_lr * cosine
@@ -2655,7 +2653,7 @@ class ByteShares:
 def predict_split(config: Config, rt: Runtime, mixture: ByteShares) -> np.ndarray:
     """PPM's predictions of the whole split, [bytes]: work for a thread of its own, beside the model's evaluation."""
     ppm, pieces = PPM(mixture.trie), np.array_split(mixture.rows, 1 + len(mixture.rows) // 2**20)
-    return np.concatenate([ppm.predict(rows, config.ppm_mode == "spread") for rows in rt.told("PPM", pieces)])
+    return np.concatenate([ppm.predict(rows, config.ppm_mode == "spread") for rows in rt.progress("PPM", pieces)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2664,8 +2662,8 @@ def predict_split(config: Config, rt: Runtime, mixture: ByteShares) -> np.ndarra
 
 PACKED_FIRST_LINE = b"#coding:latin1\n"
 TRAIN_LIMIT_SECONDS = EVAL_LIMIT_SECONDS = 600
-CHECKS = """byte_count split_text held_out warm_up_undone shards_unchanged causal normalized train_seconds eval_seconds
-    total_bytes full_split single_pass_prequant single_pass_quantized normalized_quantized"""  # of all MODE=train
+CHECKS = """byte_count split_text held_out warm_up_undone shards_unchanged causal normalized weights_kept train_seconds
+    eval_seconds total_bytes full_split single_pass_prequant single_pass_quantized normalized_quantized"""  # MODE=train
 
 
 class Record:
@@ -2838,35 +2836,35 @@ def check_held_out(record: Record, val: ValidationData, data: TrainData):
                  f"{copied} of {len(keys)} passages of the split stand in the training shards of {shortest}+ tokens")
 
 
-def artifact_draw(record: Record) -> np.random.Generator:
+def artifact_rng(record: Record) -> np.random.Generator:
     """Random numbers that follow from artifact and rank: the same in every run, and known to nobody before."""
     return np.random.default_rng((int(record.data["artifact_sha256"], 16), record.rt.rank))
 
 
 def windows_to_check(count: int) -> int:
-    """How many of so many windows to look at, over all ranks: enough to meet any share of them that is worth a gain."""
+    """How many of so many windows to look at, over all ranks: enough to meet a share of them that would matter."""
     return min(max(32, count // 16), 1024)
 
 
 @torch.no_grad()
 def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, val: ValidationData):
-    """Show on the spot, through the scoring functions themselves, that a score is causal and normalized."""
+    """Show on the spot that a score is causal (as compiled) and that the model's scores are normalized (as written)."""
     length, rows, vocab = config.eval_seq_len, windows_at_once(config, record.rt), config.vocab_size
-    ahead, draw = torch.arange(length + 1, device=val.tokens.device), artifact_draw(record)
+    ahead, rng = torch.arange(length + 1, device=val.tokens.device), artifact_rng(record)
     batches = max(3, windows_to_check(val.targets // config.eval_stride) // (rows * record.rt.world))
     wrong, still = 0, 0.0
     for number in range(batches):
-        starts = torch.from_numpy(draw.integers(val.targets - length + 1, size=(rows, 1)))
+        starts = torch.from_numpy(rng.integers(val.targets - length + 1, size=(rows, 1)))
         tokens = val.tokens[starts.to(ahead) + ahead].long()
-        cut = (length // 4, length // 2, length - 2)[number % 3]  # other tokens from here on, documents' beginnings too
+        place = (length // 4, length // 2, length - 2)[number % 3]  # other tokens from here on, some of them BOS
         other = torch.where((ahead % 3 == 0) & (tokens != 1), 1, (tokens + 1) % vocab)
         # The last target that stays does not stand in the input any more.
-        pairs = (tokens, tokens), [torch.where(ahead < begin, tokens, other) for begin in (cut, cut + 1)]
+        pairs = (tokens, tokens), [torch.where(ahead < begin, tokens, other) for begin in (place, place + 1)]
         same = torch.eq(*(nll_fn(ids[:, :-1].contiguous(), targets[:, 1:].contiguous()) for ids, targets in pairs))
-        wrong += int((~same[:, :cut]).sum())
-        still = max(still, float(same[:, cut:].float().mean()))  # by chance, a few after it may be the same
-    record.check("causal", all(record.rt.gather(not wrong and still < 0.5)), f"in {batches} times {rows} windows with "
-                 f"other tokens from a place on {wrong} scores before it change, and {1 - still:.0%} of those after it")
+        wrong += int((~same[:, :place]).sum())
+        still = max(still, float(same[:, place:].float().mean()))  # by chance, a few after it may be the same
+    record.check("causal", all(record.rt.gather(not wrong and still < 0.5)), f"{batches} x {rows} windows with other "
+                 f"tokens from a place on: {wrong} scores before it changed, {1 - still:.0%} of those after it")
     candidates = torch.arange(vocab, device=tokens.device)[:, None].split(max(1, record.rt.micro_batch_tokens // 9))
     mass = 0.0
     for c in candidates:  # each is the target of the last place but one, and stands in the input after it
@@ -2887,13 +2885,13 @@ def deviation(config: Config, model: GPT, scores: Scores, window: tuple[int, int
     return float((entered - nll[:len(entered)]).mean())
 
 
-def check_entered(record: Record, scores: Scores, stage: str, deviations: list[float], most: float):
+def check_entered(record: Record, scores: Scores, stage: str, deviations: list[float], tolerance: float):
     """Check scores by some windows' deviations, and the stage's figure against the scores that it stands for."""
     deviations = sum(record.rt.gather(deviations), [])
     off, total = float(np.mean(deviations)), record.data[stage]["val_bpb"] * math.log(2) * scores.val.bytes
-    record.check(f"normalized_{stage}", abs(off) < most and math.isclose(total, scores.nll.sum(), rel_tol=1e-6),
-                 f"in {len(deviations)} windows the scores are the model's log-softmax but for {off:.1e} nats, and all "
-                 f"scores add up to the figure's {total:.1f}")
+    record.check(f"normalized_{stage}", abs(off) < tolerance and math.isclose(total, scores.nll.sum(), rel_tol=1e-6),
+                 f"{len(deviations)} windows scored again: mean difference from the model's log-softmax {off:.1e} "
+                 f"nats; all scores: {float(scores.nll.sum()):.1f} nats, the figure's {total:.1f}")
 
 
 def final_checks(record: Record, config: Config, val: ValidationData):
@@ -3228,7 +3226,7 @@ def welch_test(ours: list[float], reference: list[float], margin: float) -> dict
             "significant": p < 0.01}
 
 
-def told_by(record: Mapping[str, object]) -> list[str]:
+def expected_lines(record: Mapping[str, object]) -> list[str]:
     """What the log of a record's run must say, too; raise ValueError if `compliant` is not what the checks make it."""
     checks = [(check["name"], check["ok"]) for check in record["checks"]]
     if record["compliant"] not in (None, ("complete", True) in checks and all(ok for _, ok in checks)):
@@ -3258,9 +3256,9 @@ def read_records(config: Config) -> list[dict]:
             if (type(records[-1]["settings"]), type(records[-1]["hardware"])) != (dict, str):
                 raise ValueError("settings or hardware are none")
             text = log.decode()
-            untold = [line for line in told_by(records[-1]) if line not in text]
-            if untold or text.count("\ncheck ") != len(records[-1]["checks"]):
-                raise ValueError(f"its log does not say {untold[:1]}, or tells of other checks")
+            missing = [line for line in expected_lines(records[-1]) if line not in text]
+            if missing or text.count("\ncheck ") != len(records[-1]["checks"]):
+                raise ValueError(f"its log does not say {missing[:1]}, or tells of other checks")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"RECORDS: {path} is no record of a run ({error!r})") from error
     if not records:
@@ -3268,7 +3266,7 @@ def read_records(config: Config) -> list[dict]:
     return records
 
 
-def check_alike(records: list[dict]):
+def check_one_system(records: list[dict]):
     """Raise UsageError unless the records are finished runs of one system that differ by nothing but the seed."""
     for r in records:
         if r["mode"] != "train" or r["compliant"] is None:
@@ -3389,7 +3387,7 @@ def collect(config: Config):
     table, readme = results_table(records), Path("README.md")
     print(table)
     draw_runs(config, records)
-    check_alike(records)
+    check_one_system(records)
     submission = make_submission(config, records)
     if config.submission_name:
         print(f"{write_submission_folder(config, records, submission)}: ready for a pull request")
@@ -3404,7 +3402,7 @@ def collect(config: Config):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
+def open_record(config: Config, rt: Runtime, val: ValidationData) -> Record:
     """Seed everything, open log and record, and say what runs on what; raise UsageError if ranks differ in it."""
     for what, value in (("settings", assignments(config.non_defaults())), ("code", sha256(SOURCE)),
                         ("device", rt.hardware()), ("attention", rt.attention), ("validation tokens", val.sha256),
@@ -3423,7 +3421,11 @@ def begin(config: Config, rt: Runtime, val: ValidationData) -> Record:
 
 
 def check_folders(config: Config, rt: Runtime):
-    """Raise UsageError unless what the run will write can be written, and what it compiles compiled."""
+    """Raise UsageError unless what the run will write can be written, and what it compiles compiled.
+
+    Raises ArtifactError if the compressor's library cannot read what it writes (Brotli before 1.2).
+    """
+    unpack_artifact(pack_artifact({}, artifact_header(config)))
     with rt.agree():
         if config.ppm_enabled and rt.main:
             ppm_library()
@@ -3449,7 +3451,7 @@ def run_training(config: Config, rt: Runtime):
     if config.prequant_ttt_enabled and val.targets < config.train_seq_len:
         raise UsageError(f"PREQUANT_TTT_ENABLED=1 needs {config.train_seq_len} validation tokens (TRAIN_SEQ_LEN)")
     rt.check_alike("training shards", data.sha256)
-    with begin(config, rt, val).kept() as record:
+    with open_record(config, rt, val).kept() as record:
         check_split(record, val)
         record.set(train_sha256=data.sha256)
         check_held_out(record, val, data)
@@ -3460,10 +3462,10 @@ def run_training(config: Config, rt: Runtime):
         def validate(stage: str = "validation") -> Scores:
             return evaluate(config, rt, nll_fn, val, config.eval_seq_len, stage)
 
-        initial = sha256(weights_file(model))
+        initial = rt.gather(sha256(weights_file(model)))[0]
         warm_up(config, rt, model, loss_fn, data)
         record.check("warm_up_undone", all(rt.gather(sha256(weights_file(model)) == initial)),
-                     "the weights are the initial ones")
+                     "the weights after the warm-up against the initial ones")
         try:
             start = rt.clock()  # from here to the artifact all but scoring counts
             steps, seconds = train(config, rt, model, loss_fn, data, lambda: score_line(validate().finish()))
@@ -3475,7 +3477,7 @@ def run_training(config: Config, rt: Runtime):
                 legal, length = config.prequant_ttt_data == "train", config.train_seq_len
                 record.check("no_early_training", legal, f"PREQUANT_TTT_DATA={config.prequant_ttt_data}: nothing may "
                              "be trained on validation tokens before they are scored")
-                sequences = (first_windows(data.in_order(2), val.targets // length) if legal else
+                sequences = (data.in_order(2).stack(range(val.targets // length)).to(rt.device) if legal else
                              val.tokens.unfold(0, length + 1, length))
                 prequant_ttt(config, rt, model, loss_fn, sequences)
                 with rt.pause():
@@ -3484,14 +3486,14 @@ def run_training(config: Config, rt: Runtime):
             record.set(artifact_seconds=rt.clock() - start)
             changed = sum(rt.gather(data.opened != data.stamps()))  # a new content of a mapped file shows at once
             record.check("shards_unchanged", not changed, f"on {changed} ranks the training shards' files have changed")
+            files = {"final_model.pt": weights_file(model), ARTIFACT_NAME: artifact, "train_gpt.py": code}
+            for name, content in files.items() if rt.main else ():
+                write_file(out_dir / name, content)
         except Exception:
             with contextlib.suppress(Exception):
                 if rt.main:
                     write_file(out_dir / "stopped_model.pt", weights_file(model))
             raise
-        files = {"final_model.pt": weights_file(model), ARTIFACT_NAME: artifact, "train_gpt.py": code}
-        for name, content in files.items() if rt.main else ():
-            write_file(out_dir / name, content)
         stored = rt.gather((out_dir / ARTIFACT_NAME).read_bytes() if rt.main else None)[0]
         if rt.main and stored != artifact:
             raise ArtifactError(f"another run has written to OUT_DIR={config.out_dir} meanwhile")
@@ -3533,17 +3535,18 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
            f"Total submission size quantized+{config.compressor}: {len(code) + len(artifact)} bytes")
     record.set(artifact_bytes=len(artifact), code_bytes=len(code), total_bytes=len(code) + len(artifact),
                artifact_sha256=sha256(artifact), code_sha256=sha256(code))
-    # The same artifact must get the same score again: embedding gradients, above all, are sums in any order otherwise.
+    # The same artifact must get the same score again: gradients, the embedding's above all, are else sums in any order.
+    # (CUDA's attention kernels keep an order of their own in the backward pass: there it holds before TTT alone.)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     start = rt.clock()
     model = model_from_artifact(config, rt, unpack_artifact(artifact)[0])
-    nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
+    nll_fn, loss_fn, stored = rt.compiled(model.nll), rt.compiled(model), rt.gather(sha256(weights_file(model)))[0]
     check_scoring(record, config, model, nll_fn, val)
-    draw, most = artifact_draw(record), 5e-4 if model.dtype == torch.float32 else 2e-3
+    rng, tolerance = artifact_rng(record), 5e-4 if model.dtype == torch.float32 else 2e-3
 
-    def look(scores: Scores, chosen: list[tuple[int, int]], times: Sequence[int]) -> list[float]:
-        return [deviation(config, model, scores, chosen[draw.integers(len(chosen))]) for _ in times]
+    def look(scores: Scores, chosen: list[tuple[int, int]], times: int) -> list[float]:
+        return [deviation(config, model, scores, chosen[rng.integers(len(chosen))]) for _ in range(times)]
 
     walks = [("quantized", "quantized", config.eval_seq_len)]
     walks += [("sliding", "quantized_sliding_window", config.eval_stride)] * config.sliding_window_enabled
@@ -3555,13 +3558,16 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
         scores = evaluate(config, rt, mixture if last else nll_fn, val, stride, stage)
         record.stage(stage, label, scores)
         chosen = windows(config, val.targets, stride)
-        check_entered(record, scores, stage, look(scores, chosen, rt.share(windows_to_check(len(chosen)))), most)
+        times = len(rt.share(windows_to_check(len(chosen))))
+        check_entered(record, scores, stage, look(scores, chosen, times), tolerance)
+    record.check("weights_kept", all(rt.gather(sha256(weights_file(model)) == stored)),
+                 "the weights after plain and sliding scores against the artifact's")
     if config.ttt_enabled:
         deviations: list[float] = []
         scores = evaluate_ttt(config, rt, model, loss_fn, mixture if config.ppm_enabled else nll_fn, val,
                               lambda *seen: deviations.extend(look(*seen)))
         record.stage("ttt", "quantized_ttt", scores)
-        check_entered(record, scores, "ttt", deviations, most)
+        check_entered(record, scores, "ttt", deviations, tolerance)
     if config.ppm_enabled:
         shares = mixture.finish()
         if rt.main:
@@ -3577,7 +3583,7 @@ def run_evaluation(config: Config, rt: Runtime):
     rt.check_alike("artifact", sha256(artifact))
     check_folders(config, rt)
     val = ValidationData(config, rt, load_tokenizer(config))
-    with begin(config, rt, val).kept() as record:
+    with open_record(config, rt, val).kept() as record:
         check_split(record, val)
         score_artifact(config, rt, record, val, artifact)
 
@@ -3615,7 +3621,7 @@ def read_config(env: Mapping[str, str]) -> Config:
 
 
 def refuse_code_beside():
-    """Raise UsageError for a module from below the script's folder, where it would not be counted; import none later.
+    """Raise UsageError if a module came from the script's folder, uncounted; block later imports from there.
 
     Python itself and installed packages may lie there: a virtual environment.
     """
@@ -3627,8 +3633,8 @@ def refuse_code_beside():
 
     sys.path[:] = [path for path in sys.path if not beside(Path(path).resolve())]
     files = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
-    files = {file.resolve() for file in files if file.is_absolute()}  # PyTorch has invented ones, too
-    # A stranger may have put what it stands for in its own place.
+    files = {file.resolve() for file in files if file.is_absolute()}  # PyTorch has invented relative ones
+    # A file of a module's name may have put the real module in its own place.
     files |= {path for path in script.parent.iterdir() if path.name.partition(".")[0] in sys.modules
               and (path.suffix in (".py", ".pyc", ".so") or (path / "__init__.py").is_file())}
     strangers = sorted(str(file) for file in files - {script} if beside(file))
@@ -3640,7 +3646,7 @@ def fail(message: str, code: int):
     """End this rank: what the process group has under way must not hold up or spoil the exit."""
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10)  # the first rank that ends has the others killed, and rank 0 has the word, if it knows
+        time.sleep(10)  # torchrun kills all ranks when one ends: rank 0 prints its message first
     print(f"train_gpt.py: {message}", file=sys.stderr)
     end_process(code)
 

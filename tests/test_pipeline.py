@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,9 +62,11 @@ def test_every_stage_is_in_record_and_log(runs):
                      re.MULTILINE)
     assert re.search(rf"^Total submission size quantized\+brotli: {record['total_bytes']} bytes$", log, re.MULTILINE)
     assert record["compliant"] and all(check["ok"] for check in record["checks"]) and record["steps"] == 6
+    assert record["step_ms"] * 6 / 1000 == pytest.approx(record["train_seconds"])
+    assert record["tokens_per_second"] == pytest.approx(6 * 4096 / record["train_seconds"], abs=1)
     assert sorted(check["name"] for check in record["checks"]) == sorted("""
-        byte_count split_text held_out shards_unchanged warm_up_undone causal normalized normalized_quantized
-        normalized_sliding normalized_ttt
+        byte_count split_text held_out shards_unchanged warm_up_undone weights_kept causal normalized
+        normalized_quantized normalized_sliding normalized_ttt
         single_pass_prequant single_pass_quantized single_pass_sliding single_pass_ttt score_before_update_ttt
         train_seconds eval_seconds total_bytes full_split complete""".split())
 
@@ -93,7 +96,8 @@ import fcntl, os, runpy, socket, struct, sys
 opened = open("opened.txt", "w", buffering=1)
 def note(event, args):
     if event == "open" and isinstance(args[0], (str, os.PathLike)) and not os.path.isdir(args[0]):
-        print(os.path.relpath(args[0]), file=opened)
+        path = os.path.abspath(args[0])
+        print(os.path.relpath(path) if path.startswith(os.getcwd()) else path, file=opened)
 sys.addaudithook(note)
 try:
     fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh14x", b"lo", 0x41))  # SIOCSIFFLAGS: up and running
@@ -115,10 +119,11 @@ def scored_alone(runs, tmp_path_factory):
     shutil.copytree(source / "smoke_data", folder / "data", ignore=shutil.ignore_patterns("*train*"))
     (folder / "offline.py").write_text(OFFLINE)
     shutil.copy(source / "final_model.pt", folder / "out")
+    (folder / "logs").mkdir()
     # Where the kernel lets us, in a network namespace of its own with but a loopback; Python's sockets raise anyway.
     alone = ["unshare", "-rn"] if subprocess.run(["unshare", "-rn", "true"], check=False).returncode == 0 else []
     done = subprocess.run([*alone, sys.executable, "offline.py"], cwd=folder, capture_output=True, text=True,
-                          timeout=240, env={"MODE": "eval", "DATA_DIR": "data", "RUN_ID": "again",
+                          timeout=240, env={"MODE": "eval", "DATA_DIR": "data", "RUN_ID": "again", "TMPDIR": "logs",
                                             "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"})
     return done, folder
 
@@ -130,8 +135,10 @@ def test_packed_script_scores_the_artifact_alone(runs, scored_alone):
     """
     done, folder = scored_alone
     assert done.returncode == 0, done.stdout + done.stderr
+    system = tuple({f"{Path(path).resolve()}/" for path in (sys.prefix, sys.base_prefix, "/usr", "/lib")} | {
+        f"{sys.prefix}/", f"{sys.base_prefix}/", "/usr/", "/lib", "/etc/", "/proc/", "/sys/", "/dev/"})
     own = {name for name in (folder / "opened.txt").read_text().splitlines()
-           if not name.startswith(("..", "logs/", "offline.py"))}
+           if not name.startswith((*system, "logs/", "offline.py"))}
     val, = (folder / "data").rglob("fineweb_val*")
     tokenizer, = (folder / "data").rglob("*.model")
     assert own == {"train_gpt.py", "out/final_model.ptz", *(str(p.relative_to(folder)) for p in (val, tokenizer))}

@@ -283,8 +283,8 @@ def record(tmp_path, rt):
     return record
 
 
-ALL_ALONG = ["byte_count", "split_text", "held_out", "warm_up_undone", "shards_unchanged", "causal", "normalized",
-             "single_pass_prequant", "single_pass_quantized", "normalized_quantized"]
+ALL_ALONG = ["byte_count", "split_text", "held_out", "warm_up_undone", "shards_unchanged", "weights_kept", "causal",
+             "normalized", "single_pass_prequant", "single_pass_quantized", "normalized_quantized"]
 OF_SLIDING = ["single_pass_sliding", "normalized_sliding"]
 OF_TTT = ["single_pass_ttt", "score_before_update_ttt", "normalized_ttt"]
 
@@ -392,8 +392,10 @@ def test_the_splits_text_must_be_its_tokens_and_not_repeat_itself(record):
     other = np.concatenate([[1], rng.integers(97, 120, 20_000)])
     changed = document.copy()
     changed[5] = 250  # decodes to what encodes to another token
+    fifth, foreign = document[:10_000], np.concatenate([[1, 250], rng.integers(97, 120, 6000)])
     for documents, ok in (((document, other), True), ((document, document), False), ((changed, other), False),
-                          ((changed, *short), False), ((periodic,), False)):
+                          ((changed, *short), False), ((periodic,), False),
+                          ((other, document, fifth), False), ((other, document, foreign), False)):
         tokens = np.concatenate(documents)
         val = fake_validation(tokens, tiny_config())
         val.target_bytes = torch.tensor((tokens[1:] > 1).astype(np.int64))

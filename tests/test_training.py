@@ -192,7 +192,7 @@ def test_fine_tuning_before_quantization_is_a_slow_loop(data_dir):
     config = tiny_config(data_dir=data_dir, prequant_ttt_epochs=3, prequant_ttt_lr=0.01, prequant_ttt_freeze_blocks=2,
                          ttt_batch_seqs=4, ttt_grad_clip=0.5)
     rt = Runtime(config)
-    sequences = train_gpt.first_windows(TrainData(config, rt).in_order(2), 10)
+    sequences = TrainData(config, rt).in_order(2).stack(range(10))
     assert sequences.shape == (10, 33)
     model, slow = (tiny_model(config) for _ in range(2))
     train_gpt.prequant_ttt(config, rt, model, model, sequences)
