@@ -194,6 +194,24 @@ def test_two_nodes_train_as_one(runs, tmp_path):
         assert record[stage]["val_bpb"] == pytest.approx(runs[1].record[stage]["val_bpb"], abs=1e-6)
 
 
+@pytest.mark.slow
+def test_two_ranks_train_alike_whatever_the_split_holds(runs, tmp_path):
+    """Fine-tuning before quantization included: the split's tokens decide nothing on several ranks either."""
+    records = []
+    for reverse in (1, -1):
+        folder = tmp_path / str(reverse)
+        shutil.copytree(runs[0].folder / "out" / "smoke_data", folder / "out" / "smoke_data")
+        val, = folder.rglob("fineweb_val*")
+        train_gpt.write_shard(val, train_gpt.open_shard(val)[::reverse].copy())
+        done = torchrun(2, str(ROOT / "train_gpt.py"), cwd=folder, env={
+            **SMALL, "ITERATIONS": "2", "TTT_ENABLED": "0", "SLIDING_WINDOW_ENABLED": "0", "PREQUANT_TTT_ENABLED": "1",
+            "PREQUANT_TTT_DATA": "train", "PREQUANT_TTT_EPOCHS": "1"})
+        assert done.returncode == 0, done.stdout + done.stderr
+        records.append(json.loads((folder / "logs" / "run.json").read_text()))
+    assert records[0]["val_sha256"] != records[1]["val_sha256"]
+    assert records[0]["artifact_sha256"] == records[1]["artifact_sha256"]
+
+
 BAD_INPUT = [
     (2, {"TRAIN_BATCH_TOKENS": "1152"},
      "2 ranks cannot share TRAIN_BATCH_TOKENS=1152, which is 9 sequences of 128: use 1, 3, 9 ranks"),
