@@ -1172,7 +1172,7 @@ def test_scores_that_are_no_numbers_are_not_compliant(corpus, tmp_path, rt):
     (train_gpt.Optimizer, "step"), (train_gpt.TrainData, "batch"), (train_gpt.WeightAverage, "update"),
     (train_gpt, "train"), (train_gpt, "collect_hessians"), (train_gpt, "collect_sensitivities"),
     (train_gpt, "fit_artifact"), (train_gpt, "pack_artifact"), (train_gpt, "prequant_ttt")],
-    lambda case: case[1] == "fit_artifact"), ids=lambda x: getattr(x, "__name__", x))
+    lambda case: False), ids=lambda x: getattr(x, "__name__", x))  # test_no_time_is_free has them in one run
 def test_all_up_to_the_artifact_counts_as_training_time(corpus, tmp_path, rt, holder, stage):
     """Reserve 12 s, calibration alone took 13.2 s (#1541's log): what it really takes is held to the limit.
 
