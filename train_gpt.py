@@ -3036,10 +3036,12 @@ def defined_names(node: ast.stmt) -> list[str]:
 def drop_unused(tree: ast.Module):
     """Drop imports and the module's own functions, classes and constants that nothing refers to."""
     body = [node for node in tree.body if getattr(node, "module", "") != "__future__"]  # no annotations are left
+    reads = {node: {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load)}
+             for node in body}
     tree.body = []
     while tree.body != body:
         tree.body = body
-        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        used = set().union(*map(reads.get, body))
         for node in body:
             if isinstance(node, ast.ImportFrom):
                 node.names = [alias for alias in node.names if (alias.asname or alias.name) in used]
