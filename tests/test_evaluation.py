@@ -212,6 +212,7 @@ rt.end()
 """
 
 
+@pytest.mark.slow  # test_pipeline has two ranks' scores of a whole run
 def test_two_ranks_score_like_one(tmp_path):
     (tmp_path / "ranks.py").write_text(RANKS_SCRIPT.format(root=str(ROOT)))
     done = torchrun(2, "ranks.py", cwd=tmp_path, env={})

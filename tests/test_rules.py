@@ -1088,6 +1088,7 @@ def test_no_time_is_free(corpus, tmp_path, rt):
                   for phase in (training, evaluation)]
         stack.enter_context(patched(train_gpt, "score_artifact", lambda *args: (
             paused.append(delays[1][0][0]), honest(*args))))  # scoring before there is an artifact
+        stack.enter_context(patched(train_gpt, "check_folders", lambda *_: None))  # packs nothing, to try the library
         record = tiny_run(tmp_path, corpus[0], rt, QUANTIZER="trellis", ITERATIONS=2, WARMUP_STEPS=0, VAL_LOSS_EVERY=1,
                           PREQUANT_TTT_ENABLED=1, PREQUANT_TTT_EPOCHS=1, PREQUANT_TTT_DATA="train")
     assert all(delay[0] for phase in delays for delay in phase) and paused[0] > 2000
@@ -1268,6 +1269,16 @@ def test_what_cannot_end_well_is_refused_before_any_work(corpus, tmp_path, rt, e
     with pytest.raises(train_gpt.UsageError, match=problem):
         tiny_run(tmp_path, corpus[0], rt, **env)
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_library_that_cannot_read_what_it_writes_is_found_before_any_work(corpus, tmp_path, rt):
+    """Brotli before 1.2 cannot bound what it gives: without this, trained weights would be lost to it."""
+    class Old:
+        def process(self, data):
+            return data
+    with patched(train_gpt.brotli, "Decompressor", Old), pytest.raises(train_gpt.ArtifactError, match="cannot be read"):
+        tiny_run(tmp_path, corpus[0], rt)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_one_rank_finds_fails_the_check_of_all():
