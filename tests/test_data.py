@@ -118,6 +118,14 @@ BROKEN_SHARDS = {
     "negative count": header(_2=-10) + BODY, "no tokens": header(_2=0), "half a token": header() + BODY[:-1]}
 
 
+def test_ranks_that_do_not_divide_the_batch_are_told_which_do(tmp_path):
+    config = tiny_config(DATA_DIR=tmp_path, TRAIN_BATCH_TOKENS=288)
+    for world, problem in ((2, "2 ranks cannot share TRAIN_BATCH_TOKENS=288, which is 9 sequences of 32: use 1, 3, 9"),
+                           (3, "no fineweb_train_")):
+        with pytest.raises(UsageError, match=problem):
+            TrainData(config, RankOf(0, world))
+
+
 def test_a_shard_holds_its_tokens(tmp_path):
     (tmp_path / "a.bin").write_bytes(header() + BODY)
     assert open_shard(tmp_path / "a.bin").tolist() == list(range(10))
