@@ -213,8 +213,8 @@ def test_two_ranks_train_alike_whatever_the_split_holds(runs, tmp_path):
 
 
 BAD_INPUT = [
-    pytest.param(2, {"TRAIN_BATCH_TOKENS": "1152"}, "2 ranks cannot share TRAIN_BATCH_TOKENS=1152, which is 9 sequences of "
-                 "128: use 1, 3, 9 ranks", marks=pytest.mark.slow),
+    pytest.param(2, {"TRAIN_BATCH_TOKENS": "1152"}, "2 ranks cannot share TRAIN_BATCH_TOKENS=1152, which is 9 "
+                 "sequences of 128: use 1, 3, 9 ranks", marks=pytest.mark.slow),
     (0, {"PRESET": "pr1541", "DEVICE": "cpu"}, "PRESET=smoke"),
     (0, {"MODE": "eval", "OUT_DIR": "nowhere"}, "MODE=eval needs the artifact nowhere/final_model.ptz"),
     pytest.param(0, {"TTT_EPOCH": "2"}, "did you mean TTT_EPOCHS?", marks=pytest.mark.slow)]
