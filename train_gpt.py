@@ -2877,19 +2877,22 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
 
 
 @torch.no_grad()
-def deviation(config: Config, model: GPT, scores: Scores, window: tuple[int, int]) -> float:
-    """By how many nats per token the scores as entered for a window differ from the model's log-softmax."""
+def deviation(config: Config, model: GPT, scores: Scores, window: tuple[int, int]) -> Tensor:
+    """By how many nats per token the scores as entered for a window differ from the model's log-softmax.
+
+    Stays on the device: the evaluation must not wait for it.
+    """
     (start, count), val = window, scores.val
     places = torch.arange(start, start + config.eval_seq_len + 1, device=val.tokens.device)
     tokens = val.tokens[places.clamp(max=val.targets)].long()
     nll = F.cross_entropy(model.head(model.hidden(tokens[None, :-1])[0, -count:]), tokens[-count:], reduction="none")
     entered = scores.nll[:val.targets][start + config.eval_seq_len - count:][:count]  # fewer at the split's end
-    return float((entered - nll[:len(entered)]).mean())
+    return (entered - nll[:len(entered)]).mean()
 
 
-def check_entered(record: Record, scores: Scores, stage: str, deviations: list[float], tolerance: float):
+def check_entered(record: Record, scores: Scores, stage: str, deviations: list[Tensor], tolerance: float):
     """Check scores by some windows' deviations, and the stage's figure against the scores that it stands for."""
-    deviations = sum(record.rt.gather(deviations), [])
+    deviations = sum(record.rt.gather([float(x) for x in deviations]), [])
     off, total = float(np.mean(deviations)), record.data[stage]["val_bpb"] * math.log(2) * scores.val.bytes
     record.check(f"normalized_{stage}", abs(off) < tolerance and math.isclose(total, scores.nll.sum(), rel_tol=1e-6),
                  f"{len(deviations)} windows scored again: mean difference from the model's log-softmax {off:.1e} "
@@ -3549,7 +3552,7 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     check_scoring(record, config, model, nll_fn, val)
     rng, tolerance = artifact_rng(record), 5e-4 if model.dtype == torch.float32 else 2e-3
 
-    def look(scores: Scores, chosen: list[tuple[int, int]], times: int) -> list[float]:
+    def look(scores: Scores, chosen: list[tuple[int, int]], times: int) -> list[Tensor]:
         return [deviation(config, model, scores, chosen[rng.integers(len(chosen))]) for _ in range(times)]
 
     walks = [("quantized", "quantized", config.eval_seq_len)]
@@ -3567,7 +3570,7 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     record.check("weights_kept", all(rt.gather(sha256(weights_file(model)) == stored)),
                  "the weights after plain and sliding scores against the artifact's")
     if config.ttt_enabled:
-        deviations: list[float] = []
+        deviations: list[Tensor] = []
         scores = evaluate_ttt(config, rt, model, loss_fn, mixture if config.ppm_enabled else nll_fn, val,
                               lambda *seen: deviations.extend(look(*seen)))
         record.stage("ttt", "quantized_ttt", scores)
