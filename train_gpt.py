@@ -2260,10 +2260,8 @@ def windows(config: Config, targets: int, stride: int) -> list[tuple[int, int]]:
 
 
 def windows_at_once(config: Config, rt: Runtime) -> int:
-    """Windows of one scoring pass on one rank: as many as may be, such that a TTT chunk's divide evenly by them."""
-    most = max(1, min(config.val_batch_tokens, rt.micro_batch_tokens) // config.eval_seq_len)
-    share = -(-config.ttt_chunk_tokens // (config.eval_stride * rt.world))
-    return -(-share // -(-share // most))
+    """Windows of one scoring pass on one rank."""
+    return max(1, min(config.val_batch_tokens, rt.micro_batch_tokens) // config.eval_seq_len)
 
 
 @torch.no_grad()

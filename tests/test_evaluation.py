@@ -175,17 +175,6 @@ def test_batch_sizes_do_not_matter(mode):
         assert (found - expected).abs().max() < 1e-5, sizes
 
 
-@pytest.mark.parametrize("world, batches", [(1, [4, 4, 4]), (2, [3, 3]), (4, [3]), (7, [2])])
-def test_no_pass_over_a_chunk_is_filled_up(world, batches):
-    config = small_config(MICRO_BATCH_TOKENS=5 * LENGTH)  # 5 windows at most; a chunk has 12
-    val, rt, seen = random_split(3 * CHUNK, config), Runtime(config), []
-    rt.world = world  # a rank among so many, whose share is its own
-    chosen = [w for w in windows(config, val.targets, STRIDE) if CHUNK <= w[0] + LENGTH - w[1] < 2 * CHUNK]
-    train_gpt.score_windows(config, rt, lambda ids, targets: seen.append(len(ids)) or torch.zeros(targets.shape),
-                            train_gpt.Scores(rt, val), chosen)
-    assert seen == batches
-
-
 class WordPerToken:
     """A tokenizer of whole words: `p5`, `p6`, ..."""
 
