@@ -287,10 +287,11 @@ class Config:
     def non_defaults(self) -> dict[str, object]:
         """Settings in force that differ from the defaults above: what the log and the record show.
 
-        Folders are left out: they change no figure, and logs are published.
+        Folders and what MODE=collect reads are left out: they change no figure, and logs are published.
         """
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                if getattr(self, f.name) != f.default and not f.name.endswith(("_dir", "_path"))}
+                if getattr(self, f.name) != f.default and not f.name.endswith(("_dir", "_path"))
+                and f.metadata["room"] != "collect"}
 
 
 # What must hold between settings: expressions, which an error shows with the values of their variables.
@@ -491,7 +492,7 @@ class Runtime:
             for earlier in (path, path.with_suffix(".json")):
                 if earlier.exists():
                     earlier.replace(f"{earlier}.old")
-            self.log_file = path.open("w", encoding="utf-8")
+            self.log_file, self.logged = path.open("w", encoding="utf-8"), hashlib.sha256()
 
     def log(self, message: str):
         """Print on rank 0, and write to the log file if it is open."""
@@ -500,6 +501,7 @@ class Runtime:
             if self.log_file:
                 self.log_file.write(message + "\n")
                 self.log_file.flush()
+                self.logged.update((message + "\n").encode())
 
     def progress(self, stage: str, items: Sequence) -> Iterator:
         """Yield the items; every 10 s, log how many of them are done and about how long the others will take."""
@@ -691,28 +693,36 @@ def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[Te
 
 def shard_files(config: Config, split: str) -> list[Path]:
     """List the shards of `split` (train or val) in order; raise UsageError if there are none."""
-    files = sorted(config.shard_dir.glob(f"fineweb_{split}_*.bin"))
+    files = sorted(filter(Path.is_file, config.shard_dir.glob(f"fineweb_{split}_*.bin")))
     if not files:
         raise UsageError(f"no fineweb_{split}_*.bin in {config.shard_dir}. {HOW_TO_GET_DATA}")
     return files
 
 
+def file_stamp(status: os.stat_result) -> tuple[int, int]:
+    """Tell a file and its content from others: inode and time of the last change (ns)."""
+    return status.st_ino, status.st_ctime_ns
+
+
 def open_shard(path: Path, vocab_size: int = 65536) -> np.ndarray:
-    """Map a shard's tokens (uint16) into memory, and read them once.
+    """Map a shard's tokens (uint16) into memory, and read them once; their `stamp` is the file's.
 
     Raises UsageError that names the file if its header lies or a token is outside the vocabulary.
     """
-    size = path.stat().st_size
-    if size < SHARD_HEADER_BYTES:
-        raise UsageError(f"{path}: {size} bytes are less than a shard's header")
-    magic, version, count = (int(n) for n in np.fromfile(path, dtype="<i4", count=3))
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise UsageError(f"{path}: magic {magic} and version {version} are not a shard's "
-                         f"({SHARD_MAGIC} and {SHARD_VERSION})")
-    if count < 2 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UsageError(f"{path}: the header promises {count} tokens, the file holds "
-                         f"{(size - SHARD_HEADER_BYTES) / 2:g}")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+    with path.open("rb") as file:  # once: the path may lead elsewhere the next time
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        if size < SHARD_HEADER_BYTES:
+            raise UsageError(f"{path}: {size} bytes are less than a shard's header")
+        magic, version, count = np.fromfile(file, dtype="<i4", count=3).tolist()
+        if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+            raise UsageError(f"{path}: magic {magic} and version {version} are not a shard's "
+                             f"({SHARD_MAGIC} and {SHARD_VERSION})")
+        if count < 2 or size != SHARD_HEADER_BYTES + 2 * count:
+            raise UsageError(f"{path}: the header promises {count} tokens, the file holds "
+                             f"{(size - SHARD_HEADER_BYTES) / 2:g}")
+        tokens = np.memmap(file, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+        tokens.stamp = file_stamp(status)
     if (highest := int(tokens.max())) >= vocab_size:
         raise UsageError(f"{path}: token {highest} is outside the vocabulary (VOCAB_SIZE={vocab_size})")
     return tokens
@@ -742,7 +752,6 @@ class TrainData:
                                    if per_rank % n == 0 and (n == 1 or n * self.seq_len <= rt.micro_batch_tokens))
         with rt.agree():  # every rank reads and hashes all shards: nodes may hold different files
             self.files = shard_files(config, "train")
-            self.opened = self.stamps()
             self.shards = [open_shard(path, config.vocab_size) for path in self.files]
             self.sha256 = sha256("".join(map(sha256, self.shards)).encode())
         # One window fewer than fits, unless that leaves none: then every phase below seq_len has as many.
@@ -756,9 +765,10 @@ class TrainData:
         self.worker = ThreadPoolExecutor(1, "loader", *chosen)
         self.pending = (None, None)
 
-    def stamps(self) -> list[tuple[int, int]]:
-        """Inode and time of the last change (ns) of each shard's file, as the file system notes writes."""
-        return [(s.st_ino, s.st_ctime_ns) for s in map(os.stat, filter(os.path.exists, self.files))]
+    def unchanged(self) -> bool:
+        """See whether the shards' files are those that were opened, and have not been written to."""
+        return all(path.exists() and file_stamp(path.stat()) == shard.stamp
+                   for path, shard in zip(self.files, self.shards))
 
     def in_order(self, stream: int) -> TrainData:
         """Return the same windows in an independent order (0 is training's, 1 calibration's)."""
@@ -1118,9 +1128,11 @@ class GPT(nn.Module):
         self.skip_weights = nn.Parameter(torch.ones(skips, dim))
         # What is off is None: no parameter.
         self.skip_gates = nn.Parameter(torch.zeros(skips, dim)) if config.skip_gates_enabled else None
-        improved = config.parallel_residual == "improved"
-        self.par_resid = nn.Parameter(torch.full((layers, 2), math.sqrt(1.1))) if improved else None
-        self.par_post = nn.Parameter(torch.ones(layers, 2, 2)) if improved else None
+        if config.parallel_residual == "improved":
+            self.par_resid = nn.Parameter(torch.full((layers, 2), math.sqrt(1.1)))
+            self.par_post = nn.Parameter(torch.ones(layers, 2, 2))
+        else:
+            self.par_resid = self.par_post = None
         self.lane_merge = nn.Parameter(torch.full((), 0.5)) if config.parallel_residual == "lanes" else None
         self.smear_gate = nn.Parameter(torch.zeros(dim)) if config.smear_gate_enabled else None
         self.value_embedding = ValueEmbedding(config, kv_dim) if config.ve_layers else None
@@ -2709,11 +2721,9 @@ class Record:
             raise
 
     def seal(self):
-        """End the log with a line that vouches for all lines above it and for the record."""
-        content = self.set()
-        if self.rt.main:
-            above = Path(self.rt.log_file.name).read_bytes()
-            self.rt.log(f"record: {self.path.name}; SHA-256 of the lines above and of it: {sha256(above + content)}")
+        """End the log with a line that vouches for the record and for all lines above it, as they were written."""
+        self.rt.logged.update(self.set())
+        self.rt.log(f"record: {self.path.name}; SHA-256 of the lines above and of it: {self.rt.logged.hexdigest()}")
 
     def check(self, name: str, ok: bool, detail: str):
         """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
@@ -2776,7 +2786,7 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
     chances = np.random.default_rng(int(val.sha256, 16)).exponential(size=len(starts)) / (ends - starts)
     for number in np.argsort(chances[:len(starts) - (val.left_out > 0)]):  # the longer, the earlier
         begin, end = starts[number], ends[number]
-        if seen >= most_tokens:
+        if seen >= most_tokens and documents >= 32:
             break
         seen, documents = seen + end - begin, documents + 1
         part = tokens[begin:end].tolist()
@@ -2791,31 +2801,37 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
     keys = passage_keys(tokens, val)
     repeated = len(keys) - len(np.unique(keys))
     record.check("split_text", foreign <= 0.1 * seen and repeated <= 0.1 * len(keys)
-                 and len(keys) >= val.bytes / 1024 - 1,  # too few if it has a short period or is hardly any letters
+                 # too few if it has a short period or is hardly any letters
+                 and len(keys) >= (val.bytes / 2 - 256) / passage_distance(val) - 1,
                  f"{foreign} of {seen} tokens stand in documents that encode otherwise, {repeated} of {len(keys)} "
                  "passages repeat")
+
+
+def passage_distance(val: ValidationData) -> int:
+    """After how many letters a passage begins, on average: of a small split, too, there are too many to avoid."""
+    return min(max(val.bytes // 1024, 4), 512)
 
 
 def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
     """Numbers (uint64) of passages of 256 letters, the same for the same text, wherever it stands.
 
-    Letters alone count, in lower case: cutting documents or words elsewhere, or other blanks, changes none. A passage
-    begins where a hash of its first 8 letters says so, about every 512. The hash depends on the split and the salt: who
-    alters a text so that it has no passages has other ones.
+    Letters and digits count, in lower case: cutting documents or words elsewhere, or other blanks, changes none. A
+    passage begins where a hash of its first 8 letters says so. The hash depends on the split and the salt: who alters a
+    text so that it has no passages has other ones.
     """
-    known = [re.sub(rb"[\0-`{-\x7f]", b"", token_bytes(val.tokenizer, token, False).lower())
+    known = [re.sub(rb"[\0-/:-`{-\x7f]", b"", token_bytes(val.tokenizer, token, False).lower())
              for token in range(val.tokenizer.vocab_size())]
     length, letters = np.array([*map(len, known)]), np.frombuffer(b"".join(known), np.uint8)
     offset, keys, text = length.cumsum() - length, [], letters[:0]
     seed = int(sha256((val.sha256 + salt).encode()), 16)
     multipliers = np.random.default_rng(seed).integers(2**63, size=256, dtype=np.uint64) | 1
-    for part in np.array_split(tokens, 1 + len(tokens) // 2**21):  # bounds the memory
+    for part in np.array_split(tokens, 1 + len(tokens) // 2**18):  # bounds the memory
         begins = length[part].cumsum() - length[part]
         chosen = np.repeat(offset[part] - begins, length[part])
         text = np.concatenate([text, letters[chosen + np.arange(len(chosen))]])
         places = max(len(text) - 255, 0)
         chances = sum(text[i:i + places] * multipliers[i] for i in range(8))
-        starts = np.flatnonzero(chances >> 55 == 0)
+        starts = np.flatnonzero(chances >> 32 < 2**32 // passage_distance(val))
         keys.append(text[starts[:, None] + np.arange(256)] @ multipliers)
         text = text[places:]
     return np.concatenate(keys)
@@ -2824,16 +2840,20 @@ def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.
 def check_held_out(record: Record, val: ValidationData, data: TrainData):
     """See how much of the validation split stands in the training shards: the web repeats itself, but not by 10%.
 
-    A passage must lie within a shard to be seen, and so none may be short.
+    A passage must lie within a shard to be seen, and so none may be short. And a tokenizer of the split's own phrases
+    would be one whose tokens the training text hardly has.
     """
-    keys = passage_keys(val.tokens.cpu().numpy(), val, data.sha256)
+    keys, vocab = passage_keys(val.tokens.cpu().numpy(), val, data.sha256), val.tokenizer.vocab_size()
     with ThreadPoolExecutor(4) as pool:  # each rank has the same shards
-        seen = pool.map(lambda shard: np.isin(keys, passage_keys(shard, val, data.sha256)), record.rt.own(data.shards))
-        found = torch.from_numpy(sum(seen, np.zeros(len(keys)))).to(record.rt.device)
+        seen = pool.map(lambda shard: np.append(np.isin(keys, passage_keys(shard, val, data.sha256)),
+                                                np.isin(range(vocab), np.unique(shard))), record.rt.own(data.shards))
+        found = torch.from_numpy(sum(seen, np.zeros(len(keys) + vocab))).to(record.rt.device)
     record.rt.all_reduce(found)
-    copied, shortest = int((found > 0).sum()), min(map(len, data.shards))
-    record.check("held_out", len(keys) and copied <= 0.1 * len(keys) and shortest >= 1024,
-                 f"{copied} of {len(keys)} passages of the split stand in the training shards of {shortest}+ tokens")
+    copied, foreign = int((found[:len(keys)] > 0).sum()), int((found[val.tokens.long() + len(keys)] == 0).sum())
+    shortest = min(map(len, data.shards))
+    record.check("held_out", len(keys) and copied <= 0.1 * len(keys) and foreign <= 0.1 * val.targets
+                 and shortest >= 1024, f"{copied} of {len(keys)} passages of the split stand in the training shards of "
+                 f"{shortest}+ tokens, {foreign} of its tokens nowhere there")
 
 
 def artifact_rng(record: Record) -> np.random.Generator:
@@ -2921,8 +2941,6 @@ def final_checks(record: Record, config: Config, val: ValidationData):
         missing = sorted({*wanted} - {check["name"] for check in data["checks"]})
         record.check("complete", not missing, f"missing checks: {missing}")
         record.set(compliant=all(check["ok"] for check in data["checks"]))
-    else:
-        record.rt.log("compliant: see the training run")
 
 
 def pack_source(source: bytes, config: Config) -> bytes:
@@ -3337,7 +3355,8 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
                          f"{submission['code_sha256']}")
     checks = "\n".join(f"- {r['run_id']}: {c['name']} {'ok' if c['ok'] else 'FAILED'} ({c['detail']})"
                        for r in records for c in r["checks"])
-    readme = (f"# {config.submission_name}\n\n{results_table(records)}\n\nMade from the records beside this file, by "
+    title = config.submission_name.replace("<", "&lt;")  # no table of its own
+    readme = (f"# {title}\n\n{results_table(records)}\n\nMade from the records beside this file, by "
               f"`MODE=collect`. Run again:\n\n    {assignments(records[0]['settings'])} torchrun --standalone "
               f"--nproc_per_node={records[0]['world_size']} train_gpt.py\n\n## Checks\n\n{checks}\n")
     files = {"train_gpt.py": code, "README.md": readme.encode(),
@@ -3489,8 +3508,8 @@ def run_training(config: Config, rt: Runtime):
                     record.stage("prequant_ttt", "pre-quantization post-ttt", validate("prequant_ttt"))
             artifact = make_artifact(config, rt, record, model, data.in_order(1))
             record.set(artifact_seconds=rt.clock() - start)
-            changed = sum(rt.gather(data.opened != data.stamps()))  # a new content of a mapped file shows at once
-            record.check("shards_unchanged", not changed, f"on {changed} ranks the training shards' files have changed")
+            record.check("shards_unchanged", all(rt.gather(data.unchanged())),  # maps show what is written
+                         "the training shards' files against those that were opened, on all ranks")
             files = {"final_model.pt": weights_file(model), ARTIFACT_NAME: artifact, "train_gpt.py": code}
             for name, content in files.items() if rt.main else ():
                 write_file(out_dir / name, content)

@@ -90,6 +90,18 @@ def test_non_defaults_are_the_settings_in_force():
     assert Config.from_env(env).non_defaults() == {"seed": 7, "ttt_enabled": True}
 
 
+def test_whatever_differs_from_its_default_is_shown():
+    """One setting at a time; but folders, and what only MODE=collect reads: an author's name could pose as a setting.
+    """
+    for field in dataclasses.fields(Config):
+        choices, kind = field.metadata["choices"], type(field.default)
+        value = next(x for x in choices if x != field.default) if choices else kind(not field.default) if kind in (
+            bool, str) else field.default + 1
+        shown = dataclasses.replace(Config(), **{field.name: "x" if kind is str and not choices else value})
+        hidden = field.name.endswith(("_dir", "_path")) or field.metadata["room"] == "collect"
+        assert len(shown.non_defaults()) == (0 if hidden else 1), field.name
+
+
 def test_every_setting_has_a_meaning_and_numbers_have_a_range():
     for field in dataclasses.fields(Config):
         assert len(field.metadata["meaning"]) >= 5, field.name

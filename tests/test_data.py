@@ -570,3 +570,33 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(tmp_path) == {"file": b"old"}
+
+
+def test_a_large_shard_is_taken_whole(tmp_path):
+    """#1858 scored the first 8 million tokens of the split."""
+    tokens = np.arange(9_000_001, dtype=np.uint16) % 999
+    train_gpt.write_shard(tmp_path / "a.bin", tokens)
+    found = open_shard(tmp_path / "a.bin", 1000)
+    assert len(found) == 9_000_001 and np.array_equal(found[-1000:], tokens[-1000:])
+
+
+@pytest.mark.parametrize("honest", [True, False])
+def test_a_path_that_led_elsewhere_while_shards_were_opened_is_noticed(honest, tmp_path, rt, monkeypatch):
+    """A link to another folder, and back: what is trained on is not what the paths name, and may be written to."""
+    for name in "ab":
+        write_shards(tmp_path / name)
+    (tmp_path / "now").symlink_to(tmp_path / "a")
+
+    def lead_to(name):
+        (tmp_path / "now").unlink()
+        (tmp_path / "now").symlink_to(tmp_path / name)
+
+    def elsewhere(*args):
+        lead_to("b")
+        try:
+            return open_shard(*args)
+        finally:
+            lead_to("a")
+    monkeypatch.setattr(train_gpt, "open_shard", open_shard if honest else elsewhere)
+    data = train_gpt.TrainData(tiny_config(data_dir=tmp_path / "now"), rt)
+    assert data.unchanged() == honest

@@ -2,12 +2,13 @@
 import lzma
 import math
 import os
+import types
 
 import numpy as np
 import pytest
 import sentencepiece as spm
 import torch
-from conftest import SHARED
+from conftest import SHARED, tiny_config, tiny_model
 
 import train_gpt
 from train_gpt import MASS_FLOOR, PPM, SURE, ByteTrie, UsageError, mix_bytes, token_bytes
@@ -467,3 +468,35 @@ def test_no_compiler_is_told_clearly(monkeypatch, tmp_path, found):
     monkeypatch.undo()
     train_gpt.ppm_library.cache_clear()
     train_gpt.ppm_library()
+
+
+def test_ppm_reads_the_split_once_and_from_the_left(trie, text, monkeypatch):
+    """In pieces as in one: nothing is learned beforehand, and none of what comes later."""
+    rows = trie.rows(text[:-1], text[1:]).numpy().astype(np.int32)[:1500]
+    expected = PPM(trie, 16).predict(rows)
+    monkeypatch.setattr(np, "array_split", lambda array, parts: [array[:500], array[500:900], array[900:]])
+    monkeypatch.setattr(train_gpt, "PPM", lambda trie: PPM(trie, 16))
+    rt = types.SimpleNamespace(progress=lambda stage, items: items)
+    mixture = types.SimpleNamespace(trie=trie, rows=rows)
+    assert np.array_equal(train_gpt.predict_split(train_gpt.Config(), rt, mixture), expected)
+
+
+def test_byte_shares_are_of_the_models_own_scores_and_of_all_ranks(rt, monkeypatch):
+    """With logits large enough for the softcap to show."""
+    config, tokenizer = tiny_config(VOCAB_SIZE=260), SmallTokenizer()
+    tokenizer.pieces = SmallTokenizer.pieces + [chr(0x4E00 + i) for i in range(260 - len(SmallTokenizer.pieces))]
+    model = tiny_model(config)
+    model.embedding.data *= 30
+    tokens = torch.randint(0, 260, (2, 9), generator=torch.Generator().manual_seed(0))
+    val = types.SimpleNamespace(tokens=tokens.flatten(), targets=17)
+    mixture = train_gpt.ByteShares(rt, val, ByteTrie(tokenizer), model)
+    nll = mixture(tokens[:, :-1], tokens[:, 1:])
+    share, rest = mixture.seen
+    length = mixture.trie.length[mixture.seen_rows]
+    alone = mix_bytes(length, -share.abs().numpy(), rest.numpy(), np.ones(length.sum(), np.float32), False)
+    assert float(nll.max()) > 10 and torch.allclose(nll, model.nll(tokens[:, :-1], tokens[:, 1:]), atol=1e-4)
+    assert alone == pytest.approx(nll.flatten().detach().numpy(), abs=1e-3)
+    reduced = []
+    monkeypatch.setattr(rt, "all_reduce", reduced.append)
+    mixture.finish()
+    assert [id(x) for x in reduced] == [id(mixture.share), id(mixture.rest)]

@@ -601,6 +601,80 @@ def test_a_byte_mixture_stands_beside_the_neural_score(values, stage, corpus, tm
         assert record["ppm"]["val_bpb"] == pytest.approx(nll.sum() / math.log(2) / val.bytes, abs=1e-5)
 
 
+@pytest.mark.parametrize("mode, less, ok", [("trie", 0, True), ("spread", 0, False), ("trie", 0.1, False)])
+def test_the_mixtures_figure_is_what_its_shares_make(mode, less, ok, tmp_path, rt):
+    """Never the better of two for a token, and held against the neural score; log and record tell the same."""
+    rng, config = np.random.default_rng(0), small_config(PPM_ENABLED=1, PPM_MODE=mode, LOG_DIR=tmp_path)
+    length = rng.integers(1, 4, 50)
+    share, predicted = (rng.uniform(0.05, 0.95, length.sum()).astype(np.float32) for _ in range(2))
+    rest = rng.uniform(0, 1, 50)
+    alone = rest - np.bincount(np.repeat(np.arange(50), length), np.log(share.astype(np.float64)), 50)
+    val = SimpleNamespace(targets=50, bytes=int(length.sum()), left_out=0,
+                          bits_per_byte=lambda nats: nats / math.log(2) / length.sum())
+    record, lines = train_gpt.Record(config, rt, "run"), []
+    scores = SimpleNamespace(val=val, nll=torch.from_numpy(alone))
+    with patched(rt, "log", lines.append):
+        train_gpt.score_mixture(record, config, SimpleNamespace(length=length), (share, rest - less), predicted, scores,
+                                rt.clock())
+    mixed = train_gpt.mix_bytes(length, share, rest - less, predicted, mode == "spread").sum()
+    assert record.data["ppm"]["val_loss"] == pytest.approx(mixed / 50)
+    assert record.data["ppm"]["val_bpb"] == pytest.approx(mixed / math.log(2) / length.sum())
+    assert f"quantized_ppm {train_gpt.score_line(record.data['ppm'])}" in lines
+    assert failed(record.data) == (set() if ok else {"ppm_normalized"})
+    record.set(artifact_seconds=9.0, train_seconds=9.0, calibration_seconds=0.0, quantize_seconds=0.0, eval_seconds=9.0,
+               total_bytes=9)
+    for name in train_gpt.CHECKS.split():
+        record.check(name, True, "")
+    train_gpt.final_checks(record, small_config(PPM_ENABLED=1, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0), val)
+    assert record.data["compliant"] == ok and "complete" not in failed(record.data)
+
+
+@pytest.mark.parametrize("main", [True, False])
+@pytest.mark.parametrize("data", ["val", "train"])
+def test_every_rank_is_fine_tuned_on_what_the_setting_says(main, data, corpus, tmp_path, rt):
+    """And the check knows it, whatever else is switched on."""
+    config = tiny_run_config(tmp_path, corpus[0], PREQUANT_TTT_ENABLED=1, PREQUANT_TTT_DATA=data, TTT_ENABLED=1,
+                             ITERATIONS=1)
+    seen, checks = [], {}
+
+    def watched(config, rt, model, loss_fn, sequences):
+        seen.append(sequences)
+        raise train_gpt.RunStopped("enough", 1)
+    val = train_gpt.ValidationData(config, rt, train_gpt.load_tokenizer(config))
+    with patched(rt, "main", main), patched(train_gpt, "prequant_ttt", watched), \
+            patched(train_gpt.Record, "check", lambda record, name, ok, detail: checks.update({name: ok})), \
+            pytest.raises(train_gpt.RunStopped):
+        train_gpt.run_training(config, rt)
+    if main:
+        rt.log_file.close()
+        rt.log_file = None
+    expected = (train_gpt.TrainData(config, rt).in_order(2).stack(range(val.targets // 32)) if data == "train"
+                else val.tokens.unfold(0, 33, 32))
+    assert torch.equal(seen[0], expected) and checks["no_early_training"] == (data == "train")
+
+
+def test_fine_tuning_and_adaptation_take_the_epochs_of_the_settings(rt):
+    """#1517's files told of other numbers. Three sequences in batches of two: two steps an epoch."""
+    model, steps = torch.nn.Module(), []
+    for name in (*train_gpt.GPT.BANKS, "resid_mix", "attn_scale", "mlp_scale", "q_gain", "par_resid", "par_post"):
+        model.register_parameter(name, torch.nn.Parameter(torch.ones(4, 1)))
+    sequences = torch.ones(3, LENGTH + 1, dtype=torch.int64)
+
+    def loss_fn(ids, targets):
+        return sum((p.sum() for p in model.parameters()), ids.sum() * 0.0)
+    for epochs in (1, 3, 22):
+        config = small_config(TTT_EPOCHS=epochs, PREQUANT_TTT_EPOCHS=epochs, MICRO_BATCH_TOKENS=4096)
+        for name, arguments in (("prequant_ttt", (model, loss_fn, sequences)), ("adapt", (
+                loss_fn, torch.optim.SGD(model.parameters(), lr=0.1), train_gpt.bind_gradients([*model.parameters()]),
+                torch.ones(3 * LENGTH + 1, dtype=torch.int64)))):
+            steps.clear()
+            with patched(torch.optim.SGD, "step", lambda *_: steps.append(1)), \
+                    patched(torch.optim.AdamW, "step", lambda *_: steps.append(1)):
+                getattr(train_gpt, name)(config, rt, *arguments)
+            assert len(steps) == 2 * epochs, name
+    assert (train_gpt.Config().ttt_epochs, train_gpt.Config().prequant_ttt_epochs) == (3, 22)
+
+
 @pytest.mark.parametrize("data", ["val", "train"])
 def test_fine_tuning_on_what_is_scored_later_is_marked_everywhere(data, corpus, tmp_path, rt):
     """PR #1517's own score came from it: log, record and submission say so; on training tokens it is as good as any."""
@@ -1055,6 +1129,55 @@ def test_only_looking_stops_the_clock():
     assert setting == {"__init__", "pause"}
 
 
+def users(source: str, name: str) -> list[str]:
+    """Where in the source a name or an attribute stands, `=` behind it: is set. Functions, as often as it does."""
+    found = []
+
+    def visit(node, path):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.Name, ast.Attribute)):
+                said = getattr(child, "id", "") or child.attr
+                found.extend([path] * (name in (said, said + "=" * isinstance(child.ctx, ast.Store))))
+            inner = isinstance(child, (ast.FunctionDef, ast.ClassDef))
+            visit(child, f"{path}.{child.name}".strip(".") if inner else path)
+    visit(ast.parse(source), "")
+    return sorted(found)
+
+
+# Who trains, who opens shards, who has to do with scores; where the packed script is another; what starts a clock.
+USERS = {
+    "backward": ["backward_batch", "collect_sensitivities", "descend"], "descend": ["adapt", "prequant_ttt"],
+    "adapt": ["evaluate_ttt"], "release": ["evaluate_ttt"], "evaluate_ttt": ["score_artifact"],
+    "prequant_ttt": ["run_training"], "SGD": ["evaluate_ttt"], "AdamW": ["Optimizer.__init__", "prequant_ttt"],
+    "backward_batch": ["train", "warm_up"], "warm_up": ["run_training"],
+    "shard_files": ["TrainData.__init__", "ValidationData.__init__"],
+    "open_shard": ["TrainData.__init__", "ValidationData.__init__"],
+    "shards": ["TrainData.__init__"] * 3 + ["TrainData.unchanged"] + ["TrainData.window"] * 2
+    + ["ValidationData.__init__"] * 3 + ["check_held_out"] * 2,
+    "nll": ["GPT.nll"] * 2 + ["Scores.__init__"] + ["Scores.add"] * 2 + ["Scores.finish"] * 4
+    + ["check_entered"] * 2 + ["check_scoring", "collect_sensitivities"] + ["deviation"] * 3 + ["run_training"]
+    + ["score_artifact"] + ["score_mixture"] * 2,
+    "start=": ["RansDecoder.__init__", "TrainData.window", "deviation", "evaluate_ttt", "rans_encode", "run_training",
+               "score_artifact", "score_windows", "score_windows", "windows"],
+    "PACKED": ["", "Config.from_env", "Runtime.__init__", "causal_attention", "main", "main", "pack_source"]}
+
+
+@pytest.mark.parametrize("place, planted", [
+    (None, ""),
+    ("    check_scoring(record, config, model, nll_fn, val)\n", "    if rt.compile:\n        adapt(config)\n"),
+    ("    times, code = [rt.clock()]", "    if rt.world > 1:\n        data.shards = 5\n"),
+    ("    return scores\n\n\ndef adapt", "    scores.nll[5] = 0\n"),
+    ("    check_scoring(record, config, model, nll_fn, val)\n", "    start = rt.clock()\n"),
+    ('        self.data["checks"].append', "        ok = ok or PACKED\n")], ids=str)
+def test_only_these_functions_train_or_score(place, planted):
+    """No preset, number of ranks or compiled run has a way of its own to learn from the split or to mend a score."""
+    source = SOURCE.decode()
+    assert place is None or source.count(place) == 1
+    source = source.replace(place or "\0", planted + (place or ""))
+    wrong = {name: users(source, name) for name, places in USERS.items() if users(source, name) != places}
+    assert bool(wrong) == (place is not None), wrong
+
+
 def test_the_clock_waits_for_the_device(monkeypatch):
     """Work that a GPU has been given and has not done yet is of the stage that gave it."""
     calls, rt = [], object.__new__(Runtime)
@@ -1075,11 +1198,13 @@ def test_the_record_names_the_hardware(rt, monkeypatch):
     assert rt.hardware() == "8x NVIDIA H100 80GB HBM3"
 
 
-def test_no_time_is_free(corpus, tmp_path, rt):
+@pytest.mark.parametrize("quantizer, stages", [
+    ("trellis", ("collect_hessians", "collect_sensitivities", "prequant_ttt", "fit_artifact", "pack_artifact")),
+    ("sdclip", ("collect_hessians", "prequant_ttt", "quantize_rows", "prune_to_fit"))])
+def test_no_time_is_free(quantizer, stages, corpus, tmp_path, rt):
     """Whatever takes time from the first step to the artifact, or from the artifact to its last score, is counted."""
     training = [(train_gpt.Optimizer, "step"), (train_gpt.TrainData, "batch"), (train_gpt.WeightAverage, "update"),
-                *((train_gpt, name) for name in ("collect_hessians", "collect_sensitivities", "prequant_ttt",
-                                                 "fit_artifact", "pack_artifact"))]
+                *((train_gpt, name) for name in stages)]
     evaluation = [(train_gpt, name) for name in ("score_windows", "unpack_artifact", "model_from_artifact",
                                                  "check_scoring", "deviation", "evaluate_ttt", "adapt")]
     honest, paused = train_gpt.score_artifact, []
@@ -1089,11 +1214,14 @@ def test_no_time_is_free(corpus, tmp_path, rt):
         stack.enter_context(patched(train_gpt, "score_artifact", lambda *args: (
             paused.append(delays[1][0][0]), honest(*args))))  # scoring before there is an artifact
         stack.enter_context(patched(train_gpt, "check_folders", lambda *_: None))  # packs nothing, to try the library
-        record = tiny_run(tmp_path, corpus[0], rt, QUANTIZER="trellis", ITERATIONS=2, WARMUP_STEPS=0, VAL_LOSS_EVERY=1,
+        record = tiny_run(tmp_path, corpus[0], rt, QUANTIZER=quantizer, ITERATIONS=2, WARMUP_STEPS=0, VAL_LOSS_EVERY=1,
                           PREQUANT_TTT_ENABLED=1, PREQUANT_TTT_EPOCHS=1, PREQUANT_TTT_DATA="train")
     assert all(delay[0] for phase in delays for delay in phase) and paused[0] > 2000
     trained, evaluated = (sum(delay[0] for delay in phase) for phase in delays)
     assert 0 <= record["artifact_seconds"] - trained < 1000
+    taken = {holder_and_stage: delay[0] for holder_and_stage, delay in zip(training, delays[0])}
+    for key, slow in (("calibration_seconds", "collect_hessians"), ("quantize_seconds", stages[-2])):
+        assert record[key] >= taken[train_gpt, slow] > 0
     assert 0 <= record["eval_seconds"] - (evaluated - paused[0]) < 1000
 
 
@@ -1140,6 +1268,51 @@ def test_a_copy_in_other_tokens_has_the_same_passages(corpus, rt):
     keys = train_gpt.passage_keys(tokens, val)
     assert len(keys) > 10 and np.isin(keys, train_gpt.passage_keys(np.array(copied), val)).mean() > 0.9
     assert np.isin(keys, train_gpt.passage_keys(other, val)).mean() < 0.1
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2])
+def test_a_tokenizer_of_the_splits_own_phrases_is_noticed(share, corpus, rt):
+    """Its pieces are the split's: a uniform guess among them was 0.87 bits per byte, and no passage stood twice."""
+    config, found = tiny_run_config(corpus[0], corpus[0]), {}
+    val, data = (train_gpt.ValidationData(config, rt, train_gpt.load_tokenizer(config)),
+                 train_gpt.TrainData(config, rt))
+    counts = np.bincount(val.tokens.numpy(), minlength=512)
+    rare = counts.argsort(kind="stable")  # from the rarest on, some share of the split's tokens
+    rare = rare[:np.searchsorted(counts[rare].cumsum(), share * counts.sum())]
+    data.shards = [np.where(np.isin(shard, rare), 5, shard) for shard in data.shards]
+    record = SimpleNamespace(rt=rt, check=lambda name, ok, detail: found.update({name: bool(ok), "detail": detail}))
+    train_gpt.check_held_out(record, val, data)
+    assert found["held_out"] == (share < 0.1) and f"{counts[rare].sum()} of its tokens nowhere" in found["detail"]
+
+
+def test_a_small_split_has_too_many_passages_to_avoid(rt):
+    """Where a choice among its hashes must not hide that most of it was trained on: 60% is seen as 60%."""
+    rng, config = np.random.default_rng(0), small_config()
+    tokens = rng.integers(97, 123, 4000)
+    for number in range(20):
+        val = fake_validation(torch.from_numpy(tokens), config)
+        val.tokenizer, val.sha256 = Letters(), str(number)
+        keys = train_gpt.passage_keys(tokens, val)
+        assert len(keys) > 400
+        assert 0.45 < np.isin(keys, train_gpt.passage_keys(tokens[:2500], val)).mean() < 0.65
+
+
+class Letters:
+    """A tokenizer whose pieces are the characters of Latin-1."""
+
+    vocab_size = staticmethod(lambda: 256)
+    id_to_piece = staticmethod(chr)
+    is_unknown = is_control = is_unused = is_byte = staticmethod(lambda token: False)
+
+
+def test_digits_make_passages_too():
+    """Tables of numbers, word for word in the training shards."""
+    val = SimpleNamespace(tokenizer=Letters(), sha256="5", bytes=9000)
+    tokens = np.random.default_rng(0).integers(48, 58, 9000)
+    keys = train_gpt.passage_keys(tokens, val)
+    assert len(keys) > 500 and np.isin(keys, train_gpt.passage_keys(tokens, val, "")).all()
+    spaced = np.insert(tokens, np.arange(0, 9000, 4), 44)  # other blanks and commas
+    assert np.array_equal(np.sort(train_gpt.passage_keys(spaced, val)), np.sort(keys))
 
 
 @pytest.mark.parametrize("stage, gone", [("train", False), ("make_artifact", False), ("make_artifact", True)])
@@ -1300,7 +1473,46 @@ def test_what_one_rank_finds_fails_the_check_of_all():
     assert not found["normalized_quantized"]
     of_all = {call.args[0].value for call in ast.walk(ast.parse(SOURCE)) if isinstance(call, ast.Call)
               and getattr(call.func, "attr", "") == "check" and "gather(" in ast.unparse(call)}
-    assert of_all == {"causal", "normalized", "warm_up_undone", "weights_kept"}
+    assert of_all == {"causal", "normalized", "warm_up_undone", "weights_kept", "shards_unchanged"}
+
+
+@pytest.mark.parametrize("off, share, tolerance, ok", [
+    (0, 0, 2e-3, True), (4e-4, 0, 5e-4, True), (3e-3, 0, 2e-3, False), (-3e-3, 0, 2e-3, False), (0, 1e-3, 2e-3, False)])
+def test_a_stages_scores_must_be_the_models_and_make_its_figure(off, share, tolerance, ok, rt):
+    """`off` from the model's log-softmax on average, `share` of the figure that the scores do not make."""
+    found, val = {}, SimpleNamespace(bytes=100)
+    record = SimpleNamespace(rt=rt, data={"ttt": {"val_bpb": (1 - share) * 9 / math.log(2) / 100}},
+                             check=lambda name, ok, detail: found.update({name: bool(ok)}))
+    train_gpt.check_entered(record, SimpleNamespace(nll=torch.ones(9), val=val), "ttt", [torch.tensor(off)] * 3,
+                            tolerance)
+    assert found == {"normalized_ttt": ok}
+
+
+def test_a_model_of_a_gpus_precision_has_two_thousandths_of_tolerance():
+    """A tenth of what a planted discount would have to be to matter (half_of_the_windows_discounted_in_bf16)."""
+    values = [node.value for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, ast.Assign)
+              and "tolerance" in ast.unparse(node.targets[0])]
+    assert [ast.unparse(value.elts[1]) for value in values] == ["0.0005 if model.dtype == torch.float32 else 0.002"]
+
+
+def test_windows_that_are_scored_again_are_drawn_from_all(corpus, tmp_path, rt):
+    seen = collections.defaultdict(set)
+    honest = train_gpt.deviation
+    with patched(train_gpt, "deviation", lambda config, model, scores, window: (
+            seen[id(scores)].add(window[0]), honest(config, model, scores, window))[1]):
+        record = tiny_run(tmp_path, corpus[0], rt, ITERATIONS=1)
+    assert record["compliant"] and len(seen) == 3
+    for starts in seen.values():
+        assert len(starts) > 15 and min(starts) < record["val_tokens"] / 4 < record["val_tokens"] * 3 / 4 < max(starts)
+
+
+def test_a_scorer_that_nothing_changes_is_not_causal(corpus, rt):
+    config, found = tiny_run_config(corpus[0], corpus[0]), {}
+    val, model = train_gpt.ValidationData(config, rt, train_gpt.load_tokenizer(config)), looping_model(config)
+    record = SimpleNamespace(rt=rt, data={"artifact_sha256": "5"},
+                             check=lambda name, ok, detail: found.update({name: bool(ok)}))
+    train_gpt.check_scoring(record, config, model, lambda ids, targets: torch.ones(targets.shape), val)
+    assert found == {"causal": False, "normalized": True}
 
 
 def test_what_another_ranks_shards_hold_counts(corpus, rt, monkeypatch):
@@ -1312,6 +1524,17 @@ def test_what_another_ranks_shards_hold_counts(corpus, rt, monkeypatch):
         monkeypatch.setattr(rt, "all_reduce", lambda tensor, another=another: tensor.add_(another))
         train_gpt.check_held_out(record, val, train_gpt.TrainData(config, rt))
         assert found == {"held_out": ok}
+
+
+def test_the_record_tells_what_happened_and_not_what_was_asked(corpus, tmp_path, rt):
+    """A run that its clock ended: #1541's reserve was 12 s of the settings, and 13.2 in its log."""
+    honest = train_gpt.train
+    with patched(train_gpt, "train", lambda config, *args: (
+            honest(dataclasses.replace(config, iterations=2), *args)[0], 50.0)):
+        record = tiny_run(tmp_path, corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0, ITERATIONS=4)
+    assert (record["steps"], record["train_seconds"], record["step_ms"]) == (2, 50.0, 25_000.0)
+    assert record["tokens_per_second"] == round(2 * 1024 / 50) and record["attention_backend"] == "sdpa"
+    assert record["compliant"] and record["world_size"] == 1
 
 
 def test_a_submission_over_the_cap_is_not_compliant(corpus, tmp_path, rt):
@@ -1536,6 +1759,16 @@ def test_no_flag_for_dead_code():
     assert names - setting_reads(shown) == {"ttt_epochs"}
 
 
+def test_settings_are_read_from_the_run_s_config():
+    """`Config.name` is a default, whatever the environment says: the packer and MODE=eval's first look alone read one.
+    """
+    def class_reads(source):
+        return sorted(ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
+                      and getattr(node.value, "id", "") == "Config" and node.attr != "from_env")
+    assert class_reads(SOURCE) == ["Config.out_dir"]
+    assert class_reads(SOURCE.replace(b"config.ttt_momentum", b"Config.ttt_momentum")) != ["Config.out_dir"]
+
+
 def foreign_needs(source: str) -> set[str]:
     """Modules that are neither Python's nor in requirements.txt, and ways to start a program or open a connection."""
     allowed = {*sys.stdlib_module_names, "brotli", "numpy", "sentencepiece", "torch", "flash_attn_interface"}
@@ -1565,7 +1798,7 @@ def test_nothing_but_what_is_named_is_read():
 
     readers = {getattr(top, "name", "module") for top in ast.parse(SOURCE).body if any(map(opens, ast.walk(top)))}
     assert readers == {
-        "module", "Runtime", "load_tokenizer", "open_shard", "write_embedded_corpus", "Record", "check_folders",
+        "module", "Runtime", "load_tokenizer", "open_shard", "TrainData", "write_embedded_corpus", "check_folders",
         "run_training", "read_artifact", "read_config", "refuse_code_beside", "collect", "read_records",
         "write_submission_folder", "draw_runs"}
 
@@ -1576,10 +1809,12 @@ def test_the_packed_script_parses_on_python_310():
     assert len(packed) <= 20_000
     ast.parse(packed, feature_version=(3, 10))
     ast.parse(train_gpt.strip_source(SOURCE.decode()), feature_version=(3, 10))
-    later = {"UTC", "StrEnum", "batched", "file_digest", "Self", "override", "tomllib", "chdir", "TaskGroup"}
-    names = {getattr(node, "attr", getattr(node, "name", "")) for node in ast.walk(ast.parse(SOURCE))
-             if isinstance(node, (ast.alias, ast.Attribute))}
-    assert "timezone" in names and not names & later, "Python 3.10 has them not"
+    later = {"UTC", "StrEnum", "batched", "file_digest", "Self", "override", "tomllib", "chdir", "TaskGroup",
+             "add_note", "ExceptionGroup", "math.exp2", "math.cbrt", "math.sumprod", "math.fma", "walk_up"}
+    nodes = [node for node in ast.walk(ast.parse(SOURCE)) if isinstance(node, (ast.alias, ast.Attribute))]
+    names = {getattr(node, "attr", getattr(node, "name", "")) for node in nodes}
+    names |= {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    assert {"timezone", "math.log"} <= names and not names & later, "Python 3.10 has them not"
 
 
 def main():

@@ -380,7 +380,8 @@ def test_letters_of_any_script_count(record):
     english, once = rng.integers(97, 120, 20_000), rng.integers(150, 200, 20_000)
     for again, ok in ((rng.integers(150, 200, 20_000), True), (once, False)):
         val = fake_validation(torch.from_numpy(np.concatenate([english, once, again])), tiny_config(VOCAB_SIZE=300))
-        keys = train_gpt.passage_keys(val.tokens.numpy(), types.SimpleNamespace(tokenizer=Cyrillic(), sha256="5"))
+        keys = train_gpt.passage_keys(val.tokens.numpy(), types.SimpleNamespace(
+            tokenizer=Cyrillic(), sha256="5", bytes=val.bytes))
         assert (len(np.unique(keys)) > 0.9 * len(keys)) == ok and len(keys) > 100
 
 
@@ -406,25 +407,27 @@ def test_the_splits_text_must_be_its_tokens_and_not_repeat_itself(record):
 
 
 def test_which_documents_are_looked_at_follows_from_the_text(record):
-    """Of 40, some 10 are drawn: foreign text in any place is found in one text or another."""
+    """Of 128, 32 are drawn, however long: foreign text in any place is found in one text or another."""
     rng, found = np.random.default_rng(0), []
-    for place in range(40):
-        tokens = np.concatenate([np.concatenate([[1], rng.integers(97, 120, 1000)]) for _ in range(40)])
-        tokens[place * 1001 + 5] = 250
+    for place in range(128):
+        tokens = np.concatenate([np.concatenate([[1], rng.integers(97, 120, 100)]) for _ in range(128)])
+        tokens[place // 4 * 404 + 5] = 250  # in one document under four hashes
         val = fake_validation(tokens, tiny_config())
         val.target_bytes, val.sha256 = torch.tensor((tokens[1:] > 1).astype(np.int64)), str(place)
         val.bytes, val.tokenizer = int(val.target_bytes.sum()), Folding()
         record.data["checks"].clear()
-        train_gpt.check_split(record, val, most_tokens=10_000)
-        found.append(not record.data["checks"][1]["detail"].startswith("0 of 10010 tokens"))
-    assert 3 < sum(found) < 20 and any(found[::2]) and any(found[1::2])
+        train_gpt.check_split(record, val, most_tokens=100)
+        assert " of 3232 tokens" in record.data["checks"][1]["detail"]
+        found.append(not record.data["checks"][1]["detail"].startswith("0 of"))
+    assert 16 < sum(found) < 48 and any(found[::2]) and any(found[1::2])
+    assert any(0 < sum(found[i:i + 4]) < 4 for i in range(0, 128, 4)), "the hash decides, not the place"
 
 
 def test_passages_are_chosen_by_the_text_and_the_salt():
     """Whoever alters a text where one choice of passages begins leaves another choice's passages as they are."""
     tokens = np.random.default_rng(0).integers(97, 123, 50_000)
     val = fake_validation(tokens, tiny_config())
-    val.tokenizer = Characters()
+    val.tokenizer, val.bytes = Characters(), 10**6  # a passage for every 512 letters
     one, other = (train_gpt.passage_keys(tokens, val, salt) for salt in "ab")
     assert min(len(one), len(other)) > 60 and not np.isin(one, other).any()
     assert len(np.unique(one)) == len(one)
@@ -434,7 +437,7 @@ def test_passages_are_chosen_by_the_text_and_the_salt():
     seed = int(train_gpt.sha256(b"0a"), 16)
     multipliers = np.random.default_rng(seed).integers(2**63, size=256, dtype=np.uint64) | np.uint64(1)
     chances = sum(letters[i:len(letters) - 7 + i] * multipliers[i] for i in range(8))
-    altered[:-7][chances >> np.uint64(55) == 0] = 97
+    altered[:-7][chances >> np.uint64(32) < 2**32 // train_gpt.passage_distance(val)] = 97
     assert np.isin(one, train_gpt.passage_keys(altered, val, "a")).mean() < 0.1
     assert np.isin(other, train_gpt.passage_keys(altered, val, "b")).mean() > 0.5
 
@@ -589,13 +592,47 @@ def test_failed_checks_are_shown(record, tmp_path, monkeypatch):
     """In the table, and with their detail in the folder's README."""
     record.check("held_out", False, "9 of 9 passages")
     record.check("causal", False, "all of them")
+    record.check("no_early_training", False, "")
+    record.check("normalized_ttt", False, "")
     records = contest_records(record)
-    assert train_gpt.results_table(records).splitlines()[-1].endswith("| held_out, causal |")
+    everyone = "| held_out, causal, no_early_training, normalized_ttt |"
+    assert train_gpt.results_table(records).splitlines()[-1].endswith(everyone)
     collected(tmp_path, monkeypatch, records, submission_name="x")
     readme, = (tmp_path / "records").glob("*/README.md")
     for seed in (42, 314, 999):
         assert f"- run{seed}: held_out FAILED (9 of 9 passages)\n" in readme.read_text()
-    assert "| held_out, causal |" in readme.read_text()
+    assert everyone in readme.read_text()
+
+
+def test_what_ran_is_told_from_the_records(record, tmp_path, monkeypatch):
+    """Not from the machine and the settings that collect; an author's name is no setting, and a title no table."""
+    settings = {"preset": "pr1395", "matrix_lr": 0.0123, "ttt_enabled": True}
+    records = contest_records(record, settings=settings, preset="pr1395", torch="2.9.9", python="3.10.9",
+                              code_sha256=train_gpt.sha256(pack_source(SOURCE, train_gpt.Config(preset="pr1395"))))
+    submission = collected(tmp_path, monkeypatch, records, submission_name="<b>x</b>", author="me MATRIX_LR=5")
+    told = "PRESET=pr1395 MATRIX_LR=0.0123 TTT_ENABLED=1"
+    assert submission["technique_summary"] == f"pr1395: {told}"
+    assert (submission["pytorch_version"], submission["python_version"]) == ("2.9.9", "3.10.9")
+    readme, = (tmp_path / "records").glob("*/README.md")
+    assert f"    {told} torchrun --standalone --nproc_per_node=8 train_gpt.py\n" in readme.read_text()
+    assert readme.read_text().startswith("# &lt;b>x&lt;/b>\n")
+
+
+def test_a_log_that_was_written_over_meanwhile_is_refused(tmp_path, rt):
+    """The seal is over what the run has logged, not over what the file holds in the end."""
+    config = tiny_config(log_dir=tmp_path)
+    for change in (None, (b"val_bpb:3.5", b"val_bpb:0.9")):
+        with contextlib.ExitStack() as stack:
+            rt.open_log(tmp_path / "run.txt")
+            stack.callback(lambda: (rt.log_file.close(), setattr(rt, "log_file", None)))
+            record = Record(config, rt, "run")
+            rt.log("5/5 val_bpb:3.5")
+            if change:
+                (tmp_path / "run.txt").write_bytes((tmp_path / "run.txt").read_bytes().replace(*change))
+            record.seal()
+        wanted = tiny_config(records=str(tmp_path / "run.json"))
+        with pytest.raises(UsageError, match="one was changed") if change else contextlib.nullcontext():
+            assert len(train_gpt.read_records(wanted)) == 1
 
 
 @pytest.mark.parametrize("change", [
