@@ -2809,7 +2809,7 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
 
 def passage_distance(val: ValidationData) -> int:
     """After how many letters a passage begins, on average: of a small split, too, there are too many to avoid."""
-    return min(max(val.bytes // 1024, 4), 512)
+    return max(4, min(val.bytes // 1024, 512))
 
 
 def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
