@@ -487,12 +487,13 @@ class Runtime:
 
     def open_log(self, path: Path):
         """Start rank 0's log file; an earlier one of this name, and its record, are kept as `*.old`."""
+        self.logged = hashlib.sha256()  # of the lines, as they are written
         if self.main:
             path.parent.mkdir(parents=True, exist_ok=True)
             for earlier in (path, path.with_suffix(".json")):
                 if earlier.exists():
                     earlier.replace(f"{earlier}.old")
-            self.log_file, self.logged = path.open("w", encoding="utf-8"), hashlib.sha256()
+            self.log_file = path.open("w", encoding="utf-8")
 
     def log(self, message: str):
         """Print on rank 0, and write to the log file if it is open."""
@@ -2809,7 +2810,7 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
 
 def passage_distance(val: ValidationData) -> int:
     """After how many letters a passage begins, on average: of a small split, too, there are too many to avoid."""
-    return max(4, min(val.bytes // 1024, 512))
+    return min(max(val.bytes // 1024, 4), 512)
 
 
 def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:

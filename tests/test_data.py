@@ -1,6 +1,8 @@
 """Room 3: byte tables, shards, the training order, the validation split, the embedded corpus."""
+import ast
 import contextlib
 import hashlib
+import inspect
 import lzma
 import resource
 import shutil
@@ -600,3 +602,6 @@ def test_a_path_that_led_elsewhere_while_shards_were_opened_is_noticed(honest, t
     monkeypatch.setattr(train_gpt, "open_shard", open_shard if honest else elsewhere)
     data = train_gpt.TrainData(tiny_config(data_dir=tmp_path / "now"), rt)
     assert data.unchanged() == honest
+    asked = {node.attr for node in ast.walk(ast.parse(inspect.getsource(open_shard)))
+             if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "path"}
+    assert asked == {"open"}, "once: all else is asked of the open file"
