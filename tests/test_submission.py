@@ -436,7 +436,7 @@ def test_passages_are_chosen_by_the_text_and_the_salt():
     altered, letters = tokens.copy(), tokens.astype(np.uint64)
     seed = int(train_gpt.sha256(b"0a"), 16)
     multipliers = np.random.default_rng(seed).integers(2**63, size=256, dtype=np.uint64) | np.uint64(1)
-    chances = sum(letters[i:len(letters) - 7 + i] * multipliers[i] for i in range(8))
+    chances = sum(letters[i:len(letters) - 7 + i] << np.uint64(8 * i) for i in range(8)) * multipliers[0]
     altered[:-7][chances >> np.uint64(32) < 2**32 // train_gpt.passage_distance(val)] = 97
     assert np.isin(one, train_gpt.passage_keys(altered, val, "a")).mean() < 0.1
     assert np.isin(other, train_gpt.passage_keys(altered, val, "b")).mean() > 0.5
