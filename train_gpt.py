@@ -700,30 +700,24 @@ def shard_files(config: Config, split: str) -> list[Path]:
     return files
 
 
-def file_stamp(status: os.stat_result) -> tuple[int, int]:
-    """Tell a file and its content from others: inode and time of the last change (ns)."""
-    return status.st_ino, status.st_ctime_ns
-
-
 def open_shard(path: Path, vocab_size: int = 65536) -> np.ndarray:
-    """Map a shard's tokens (uint16) into memory, and read them once; their `stamp` is the file's.
+    """Map a shard's tokens (uint16) into memory, and read them once; their `file` stays open.
 
     Raises UsageError that names the file if its header lies or a token is outside the vocabulary.
     """
-    with path.open("rb") as file:  # once: the path may lead elsewhere the next time
-        status = os.fstat(file.fileno())
-        size = status.st_size
-        if size < SHARD_HEADER_BYTES:
-            raise UsageError(f"{path}: {size} bytes are less than a shard's header")
-        magic, version, count = np.fromfile(file, dtype="<i4", count=3).tolist()
-        if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-            raise UsageError(f"{path}: magic {magic} and version {version} are not a shard's "
-                             f"({SHARD_MAGIC} and {SHARD_VERSION})")
-        if count < 2 or size != SHARD_HEADER_BYTES + 2 * count:
-            raise UsageError(f"{path}: the header promises {count} tokens, the file holds "
-                             f"{(size - SHARD_HEADER_BYTES) / 2:g}")
-        tokens = np.memmap(file, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
-        tokens.stamp = file_stamp(status)
+    file = path.open("rb")  # once: the path may lead elsewhere the next time
+    size = os.fstat(file.fileno()).st_size
+    if size < SHARD_HEADER_BYTES:
+        raise UsageError(f"{path}: {size} bytes are less than a shard's header")
+    magic, version, count = np.fromfile(file, dtype="<i4", count=3).tolist()
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise UsageError(f"{path}: magic {magic} and version {version} are not a shard's "
+                         f"({SHARD_MAGIC} and {SHARD_VERSION})")
+    if count < 2 or size != SHARD_HEADER_BYTES + 2 * count:
+        raise UsageError(f"{path}: the header promises {count} tokens, the file holds "
+                         f"{(size - SHARD_HEADER_BYTES) / 2:g}")
+    tokens = np.memmap(file, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
+    tokens.file = file
     if (highest := int(tokens.max())) >= vocab_size:
         raise UsageError(f"{path}: token {highest} is outside the vocabulary (VOCAB_SIZE={vocab_size})")
     return tokens
@@ -752,8 +746,8 @@ class TrainData:
         self.micro_sequences = max(n for n in range(1, per_rank + 1)
                                    if per_rank % n == 0 and (n == 1 or n * self.seq_len <= rt.micro_batch_tokens))
         with rt.agree():  # every rank reads and hashes all shards: nodes may hold different files
-            self.files = shard_files(config, "train")
-            self.shards = [open_shard(path, config.vocab_size) for path in self.files]
+            self.shards = [open_shard(path, config.vocab_size) for path in shard_files(config, "train")]
+            self.opened = self.changes()
             self.sha256 = sha256("".join(map(sha256, self.shards)).encode())
         # One window fewer than fits, unless that leaves none: then every phase below seq_len has as many.
         counts = [max((n - self.seq_len) // self.seq_len, int(n > self.seq_len)) for n in map(len, self.shards)]
@@ -766,10 +760,9 @@ class TrainData:
         self.worker = ThreadPoolExecutor(1, "loader", *chosen)
         self.pending = (None, None)
 
-    def unchanged(self) -> bool:
-        """See whether the shards' files are those that were opened, and have not been written to."""
-        return all(path.exists() and file_stamp(path.stat()) == shard.stamp
-                   for path, shard in zip(self.files, self.shards))
+    def changes(self) -> list[int]:
+        """Times of the last change (ns) of the files that are mapped, as the file system notes writes."""
+        return [os.fstat(shard.file.fileno()).st_ctime_ns for shard in self.shards]
 
     def in_order(self, stream: int) -> TrainData:
         """Return the same windows in an independent order (0 is training's, 1 calibration's)."""
@@ -2663,10 +2656,10 @@ class ByteShares:
         return self.share.cpu().numpy(), self.rest.cpu().numpy()
 
 
-def predict_split(config: Config, rt: Runtime, mixture: ByteShares) -> np.ndarray:
+def predict_split(config: Config, mixture: ByteShares) -> np.ndarray:
     """PPM's predictions of the whole split, [bytes]: work for a thread of its own, beside the model's evaluation."""
     ppm, pieces = PPM(mixture.trie), np.array_split(mixture.rows, 1 + len(mixture.rows) // 2**20)
-    return np.concatenate([ppm.predict(rows, config.ppm_mode == "spread") for rows in rt.progress("PPM", pieces)])
+    return np.concatenate([ppm.predict(rows, config.ppm_mode == "spread") for rows in pieces])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2800,12 +2793,11 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
                  f"{documents} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables: "
                  f"{wrong[:3]}")
     keys = passage_keys(tokens, val)
-    repeated = len(keys) - len(np.unique(keys))
+    repeated, least = len(keys) - len(np.unique(keys)), (val.bytes / 2 - 256) / passage_distance(val) - 1
     record.check("split_text", foreign <= 0.1 * seen and repeated <= 0.1 * len(keys)
-                 # too few if it has a short period or is hardly any letters
-                 and len(keys) >= (val.bytes / 2 - 256) / passage_distance(val) - 1,
+                 and len(keys) >= least,  # fewer if it has a short period or is hardly any letters
                  f"{foreign} of {seen} tokens stand in documents that encode otherwise, {repeated} of {len(keys)} "
-                 "passages repeat")
+                 f"passages repeat, and {least:.0f} must be there")
 
 
 def passage_distance(val: ValidationData) -> int:
@@ -2841,8 +2833,8 @@ def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.
 def check_held_out(record: Record, val: ValidationData, data: TrainData):
     """See how much of the validation split stands in the training shards: the web repeats itself, but not by 10%.
 
-    A passage must lie within a shard to be seen, and so none may be short. And a tokenizer of the split's own phrases
-    would be one whose tokens the training text hardly has.
+    A passage must lie within a shard to be seen, and so not much may stand in short ones. And a tokenizer of the
+    split's own phrases would be one whose tokens the training text hardly has.
     """
     keys, vocab = passage_keys(val.tokens.cpu().numpy(), val, data.sha256), val.tokenizer.vocab_size()
     with ThreadPoolExecutor(4) as pool:  # each rank has the same shards
@@ -2851,10 +2843,10 @@ def check_held_out(record: Record, val: ValidationData, data: TrainData):
         found = torch.from_numpy(sum(seen, np.zeros(len(keys) + vocab))).to(record.rt.device)
     record.rt.all_reduce(found)
     copied, foreign = int((found[:len(keys)] > 0).sum()), int((found[val.tokens.long() + len(keys)] == 0).sum())
-    shortest = min(map(len, data.shards))
-    record.check("held_out", len(keys) and copied <= 0.1 * len(keys) and foreign <= 0.1 * val.targets
-                 and shortest >= 1024, f"{copied} of {len(keys)} passages of the split stand in the training shards of "
-                 f"{shortest}+ tokens, {foreign} of its tokens nowhere there")
+    short = sum(n for n in map(len, data.shards) if n < 1024)
+    record.check("held_out", len(keys) and copied <= 0.1 * len(keys) and max(foreign, short) <= 0.1 * val.targets,
+                 f"{copied} of {len(keys)} passages of the split stand in the training shards, {foreign} of its tokens "
+                 f"nowhere there; {short} tokens in shards too short for passages")
 
 
 def artifact_rng(record: Record) -> np.random.Generator:
@@ -3372,6 +3364,9 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
         raise UsageError(f"{folder} holds {', '.join(strangers)} already: remove them or change SUBMISSION_NAME")
     for name, data in files.items():
         write_file(folder / name, data)
+    copies = " ".join(str(folder / Path(path).name) for path in config.records.split())
+    if read_records(dataclasses.replace(config, records=copies)) != records:
+        raise UsageError("RECORDS: another content was read the second time")
     machine = {name: value for name, value in os.environ.items() if not hasattr(Config, name.lower())}  # no settings
     with tempfile.TemporaryDirectory() as other:
         done = subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, stdout=subprocess.DEVNULL,
@@ -3509,11 +3504,11 @@ def run_training(config: Config, rt: Runtime):
                     record.stage("prequant_ttt", "pre-quantization post-ttt", validate("prequant_ttt"))
             artifact = make_artifact(config, rt, record, model, data.in_order(1))
             record.set(artifact_seconds=rt.clock() - start)
-            record.check("shards_unchanged", all(rt.gather(data.unchanged())),  # maps show what is written
-                         "the training shards' files against those that were opened, on all ranks")
             files = {"final_model.pt": weights_file(model), ARTIFACT_NAME: artifact, "train_gpt.py": code}
             for name, content in files.items() if rt.main else ():
                 write_file(out_dir / name, content)
+            record.check("shards_unchanged", all(rt.gather(data.opened == data.changes())),  # maps show what is written
+                         "the training shards' files since they were opened, on all ranks")
         except Exception:
             with contextlib.suppress(Exception):
                 if rt.main:
@@ -3577,7 +3572,7 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     walks += [("sliding", "quantized_sliding_window", config.eval_stride)] * config.sliding_window_enabled
     if config.ppm_enabled:  # PPM itself knows the text alone, and has a thread of its own
         begin, mixture = rt.clock(), ByteShares(rt, val, ByteTrie(val.tokenizer, rt.device), model)
-        predicted = ThreadPoolExecutor(1).submit(predict_split, config, rt, mixture) if rt.main else None
+        predicted = ThreadPoolExecutor(1).submit(predict_split, config, mixture) if rt.main else None
     for stage, label, stride in walks:
         last = config.ppm_enabled and not config.ttt_enabled and stage == walks[-1][0]
         scores = evaluate(config, rt, mixture if last else nll_fn, val, stride, stage)

@@ -582,9 +582,8 @@ def test_a_large_shard_is_taken_whole(tmp_path):
     assert len(found) == 9_000_001 and np.array_equal(found[-1000:], tokens[-1000:])
 
 
-@pytest.mark.parametrize("honest", [True, False])
-def test_a_path_that_led_elsewhere_while_shards_were_opened_is_noticed(honest, tmp_path, rt, monkeypatch):
-    """A link to another folder, and back: what is trained on is not what the paths name, and may be written to."""
+def test_what_is_written_to_a_file_that_is_trained_on_is_noticed(tmp_path, rt, monkeypatch):
+    """Even if a link led to it only while shards were opened, or another file system holds a file with its stamp."""
     for name in "ab":
         write_shards(tmp_path / name)
     (tmp_path / "now").symlink_to(tmp_path / "a")
@@ -599,9 +598,14 @@ def test_a_path_that_led_elsewhere_while_shards_were_opened_is_noticed(honest, t
             return open_shard(*args)
         finally:
             lead_to("a")
-    monkeypatch.setattr(train_gpt, "open_shard", open_shard if honest else elsewhere)
+    monkeypatch.setattr(train_gpt, "open_shard", elsewhere)
     data = train_gpt.TrainData(tiny_config(data_dir=tmp_path / "now"), rt)
-    assert data.unchanged() == honest
+    assert data.changes() == data.opened and len(data.opened) == 2
+    path = train_gpt.shard_files(tiny_config(data_dir=tmp_path / "b"), "train")[1]
+    with path.open("r+b") as file:
+        file.seek(2000)
+        file.write(b"\7\0")
+    assert [now == then for now, then in zip(data.changes(), data.opened)] == [True, False]
     asked = {node.attr for node in ast.walk(ast.parse(inspect.getsource(open_shard)))
              if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "path"}
     assert asked == {"open"}, "once: all else is asked of the open file"

@@ -476,9 +476,8 @@ def test_ppm_reads_the_split_once_and_from_the_left(trie, text, monkeypatch):
     expected = PPM(trie, 16).predict(rows)
     monkeypatch.setattr(np, "array_split", lambda array, parts: [array[:500], array[500:900], array[900:]])
     monkeypatch.setattr(train_gpt, "PPM", lambda trie: PPM(trie, 16))
-    rt = types.SimpleNamespace(progress=lambda stage, items: items)
     mixture = types.SimpleNamespace(trie=trie, rows=rows)
-    assert np.array_equal(train_gpt.predict_split(train_gpt.Config(), rt, mixture), expected)
+    assert np.array_equal(train_gpt.predict_split(train_gpt.Config(), mixture), expected)
 
 
 def test_byte_shares_are_of_the_models_own_scores_and_of_all_ranks(rt, monkeypatch):

@@ -1152,7 +1152,7 @@ USERS = {
     "backward_batch": ["train", "warm_up"], "warm_up": ["run_training"],
     "shard_files": ["TrainData.__init__", "ValidationData.__init__"],
     "open_shard": ["TrainData.__init__", "ValidationData.__init__"],
-    "shards": ["TrainData.__init__"] * 3 + ["TrainData.unchanged"] + ["TrainData.window"] * 2
+    "shards": ["TrainData.__init__"] * 3 + ["TrainData.changes"] + ["TrainData.window"] * 2
     + ["ValidationData.__init__"] * 3 + ["check_held_out"] * 2,
     "nll": ["GPT.nll"] * 2 + ["Scores.__init__"] + ["Scores.add"] * 2 + ["Scores.finish"] * 4
     + ["check_entered"] * 2 + ["check_scoring", "collect_sensitivities"] + ["deviation"] * 3 + ["run_training"]
@@ -1295,6 +1295,18 @@ def test_a_small_split_has_too_many_passages_to_avoid(rt):
         keys = train_gpt.passage_keys(tokens, val)
         assert len(keys) > 400
         assert 0.45 < np.isin(keys, train_gpt.passage_keys(tokens[:2500], val)).mean() < 0.65
+
+
+@pytest.mark.parametrize("short, ok", [([300], True), ([300] * 20, False)])
+def test_hardly_anything_may_stand_in_shards_too_short_for_passages(short, ok, corpus, rt):
+    """One that is left over at the end of an honest corpus, against many."""
+    config, found = tiny_run_config(corpus[0], corpus[0]), {}
+    val, data = (train_gpt.ValidationData(config, rt, train_gpt.load_tokenizer(config)),
+                 train_gpt.TrainData(config, rt))
+    data.shards = [*data.shards, *(data.shards[0][:n] for n in short)]
+    record = SimpleNamespace(rt=rt, check=lambda name, ok, detail: found.update({name: bool(ok)}))
+    train_gpt.check_held_out(record, val, data)
+    assert found == {"held_out": ok}
 
 
 class Letters:
@@ -1798,7 +1810,7 @@ def test_nothing_but_what_is_named_is_read():
 
     readers = {getattr(top, "name", "module") for top in ast.parse(SOURCE).body if any(map(opens, ast.walk(top)))}
     assert readers == {
-        "module", "Runtime", "load_tokenizer", "open_shard", "TrainData", "write_embedded_corpus", "check_folders",
+        "module", "Runtime", "load_tokenizer", "open_shard", "write_embedded_corpus", "check_folders",
         "run_training", "read_artifact", "read_config", "refuse_code_beside", "collect", "read_records",
         "write_submission_folder", "draw_runs"}
 

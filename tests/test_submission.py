@@ -618,6 +618,15 @@ def test_what_ran_is_told_from_the_records(record, tmp_path, monkeypatch):
     assert readme.read_text().startswith("# &lt;b>x&lt;/b>\n")
 
 
+def test_what_is_copied_is_what_was_read(record, tmp_path, monkeypatch):
+    """A pipe may give an honest record first and then another."""
+    honest = train_gpt.write_file
+    monkeypatch.setattr(train_gpt, "write_file", lambda path, content: honest(
+        path, content.replace(b'"val_bpb": 1.0', b'"val_bpb": 0.5') if path.name == "1.json" else content))
+    with pytest.raises(UsageError, match=r"records/\S+/1.json is no record of a run"):
+        collected(tmp_path, monkeypatch, contest_records(record), submission_name="x")
+
+
 def test_a_log_that_was_written_over_meanwhile_is_refused(tmp_path, rt):
     """The seal is over what the run has logged, not over what the file holds in the end."""
     config = tiny_config(log_dir=tmp_path)
