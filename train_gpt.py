@@ -2793,7 +2793,7 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
                  f"{documents} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables: "
                  f"{wrong[:3]}")
     keys = passage_keys(tokens, val)
-    repeated, least = len(keys) - len(np.unique(keys)), (val.bytes / 2 - 256) / passage_distance(val) - 1
+    repeated, least = len(keys) - len(np.unique(keys)), (val.bytes / 4 - 256) / passage_distance(val) - 1
     record.check("split_text", foreign <= 0.1 * seen and repeated <= 0.1 * len(keys)
                  and len(keys) >= least,  # fewer if it has a short period or is hardly any letters
                  f"{foreign} of {seen} tokens stand in documents that encode otherwise, {repeated} of {len(keys)} "
