@@ -693,10 +693,13 @@ def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[Te
 
 
 def shard_files(config: Config, split: str) -> list[Path]:
-    """List the shards of `split` (train or val) in order; raise UsageError if there are none."""
-    files = sorted(filter(Path.is_file, config.shard_dir.glob(f"fineweb_{split}_*.bin")))
+    """List the shards of `split` (train or val) in order; raise UsageError if there are none, or one is no file."""
+    files = sorted(config.shard_dir.glob(f"fineweb_{split}_*.bin"))
     if not files:
         raise UsageError(f"no fineweb_{split}_*.bin in {config.shard_dir}. {HOW_TO_GET_DATA}")
+    for path in files:
+        if not path.is_file():
+            raise UsageError(f"{path} is no file, or a link to none")
     return files
 
 
@@ -2780,7 +2783,7 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
     chances = np.random.default_rng(int(val.sha256, 16)).exponential(size=len(starts)) / (ends - starts)
     for number in np.argsort(chances[:len(starts) - (val.left_out > 0)]):  # the longer, the earlier
         begin, end = starts[number], ends[number]
-        if seen >= most_tokens and documents >= 32:
+        if documents >= 32 and seen >= most_tokens:
             break
         seen, documents = seen + end - begin, documents + 1
         part = tokens[begin:end].tolist()
@@ -2793,7 +2796,7 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
                  f"{documents} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables: "
                  f"{wrong[:3]}")
     keys = passage_keys(tokens, val)
-    repeated, least = len(keys) - len(np.unique(keys)), (val.bytes / 4 - 256) / passage_distance(val) - 1
+    repeated, least = len(keys) - len(np.unique(keys)), (val.bytes / 2 - 256) / passage_distance(val) - 1
     record.check("split_text", foreign <= 0.1 * seen and repeated <= 0.1 * len(keys)
                  and len(keys) >= least,  # fewer if it has a short period or is hardly any letters
                  f"{foreign} of {seen} tokens stand in documents that encode otherwise, {repeated} of {len(keys)} "

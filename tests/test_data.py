@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import inspect
 import lzma
+import os
 import resource
 import shutil
 from collections import Counter
@@ -572,6 +573,16 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(tmp_path) == {"file": b"old"}
+
+
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("nowhere"), os.mkfifo, Path.mkdir],
+                         ids=["broken link", "pipe", "folder"])
+def test_what_is_called_a_shard_and_is_no_file_is_refused(make, tmp_path):
+    """Neither waited for nor passed over: a split must not lose a shard in silence."""
+    folder = write_shards(tmp_path)
+    make(folder / "fineweb_val_000007.bin")
+    with pytest.raises(UsageError, match=r"fineweb_val_000007.bin is no file"):
+        train_gpt.shard_files(tiny_config(data_dir=tmp_path), "val")
 
 
 def test_a_large_shard_is_taken_whole(tmp_path):

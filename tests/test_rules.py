@@ -1129,19 +1129,21 @@ def test_only_looking_stops_the_clock():
     assert setting == {"__init__", "pause"}
 
 
-def users(source: str, name: str) -> list[str]:
+def users(source: str) -> dict[str, list[str]]:
     """Where in the source a name or an attribute stands, `=` behind it: is set. Functions, as often as it does."""
-    found = []
+    found = collections.defaultdict(list)
 
     def visit(node, path):
         for child in ast.iter_child_nodes(node):
             if isinstance(child, (ast.Name, ast.Attribute)):
-                said = getattr(child, "id", "") or child.attr
-                found.extend([path] * (name in (said, said + "=" * isinstance(child.ctx, ast.Store))))
+                name = getattr(child, "id", "") or child.attr
+                found[name].append(path)
+                if isinstance(child.ctx, ast.Store):
+                    found[name + "="].append(path)
             inner = isinstance(child, (ast.FunctionDef, ast.ClassDef))
             visit(child, f"{path}.{child.name}".strip(".") if inner else path)
     visit(ast.parse(source), "")
-    return sorted(found)
+    return {name: sorted(places) for name, places in found.items()}
 
 
 # Who trains, who opens shards, who has to do with scores; where the packed script is another; what starts a clock.
@@ -1174,7 +1176,8 @@ def test_only_these_functions_train_or_score(place, planted):
     source = SOURCE.decode()
     assert place is None or source.count(place) == 1
     source = source.replace(place or "\0", planted + (place or ""))
-    wrong = {name: users(source, name) for name, places in USERS.items() if users(source, name) != places}
+    found = users(source)
+    wrong = {name: found[name] for name, places in USERS.items() if found[name] != places}
     assert bool(wrong) == (place is not None), wrong
 
 
