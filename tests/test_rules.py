@@ -1813,7 +1813,7 @@ def test_nothing_but_what_is_named_is_read():
 
     readers = {getattr(top, "name", "module") for top in ast.parse(SOURCE).body if any(map(opens, ast.walk(top)))}
     assert readers == {
-        "module", "Runtime", "load_tokenizer", "open_shard", "write_embedded_corpus", "check_folders",
+        "module", "Runtime", "load_tokenizer", "shard_files", "open_shard", "write_embedded_corpus", "check_folders",
         "run_training", "read_artifact", "read_config", "refuse_code_beside", "collect", "read_records",
         "write_submission_folder", "draw_runs"}
 
