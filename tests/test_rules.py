@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from conftest import ROOT, SHARED, fake_validation, torchrun
+from conftest import ROOT, SHARED, Characters, Noted, fake_validation, torchrun
 from test_evaluation import (
     CHUNK,
     LENGTH,
@@ -1276,16 +1276,16 @@ def test_a_copy_in_other_tokens_has_the_same_passages(corpus, rt):
 @pytest.mark.parametrize("share", [0.05, 0.2])
 def test_a_tokenizer_of_the_splits_own_phrases_is_noticed(share, corpus, rt):
     """Its pieces are the split's: a uniform guess among them was 0.87 bits per byte, and no passage stood twice."""
-    config, found = tiny_run_config(corpus[0], corpus[0]), {}
+    config, record = tiny_run_config(corpus[0], corpus[0]), Noted(rt)
     val, data = (train_gpt.ValidationData(config, rt, train_gpt.load_tokenizer(config)),
                  train_gpt.TrainData(config, rt))
     counts = np.bincount(val.tokens.numpy(), minlength=512)
     rare = counts.argsort(kind="stable")  # from the rarest on, some share of the split's tokens
     rare = rare[:np.searchsorted(counts[rare].cumsum(), share * counts.sum())]
     data.shards = [np.where(np.isin(shard, rare), 5, shard) for shard in data.shards]
-    record = SimpleNamespace(rt=rt, check=lambda name, ok, detail: found.update({name: bool(ok), "detail": detail}))
     train_gpt.check_held_out(record, val, data)
-    assert found["held_out"] == (share < 0.1) and f"{counts[rare].sum()} of its tokens nowhere" in found["detail"]
+    assert record.found == {"held_out": share < 0.1}
+    assert f"{counts[rare].sum()} of its tokens nowhere" in record.details["held_out"]
 
 
 def test_a_small_split_has_too_many_passages_to_avoid(rt):
@@ -1294,7 +1294,7 @@ def test_a_small_split_has_too_many_passages_to_avoid(rt):
     tokens = rng.integers(97, 123, 4000)
     for number in range(20):
         val = fake_validation(torch.from_numpy(tokens), config)
-        val.tokenizer, val.sha256 = Letters(), str(number)
+        val.tokenizer, val.sha256 = Characters(), str(number)
         keys = train_gpt.passage_keys(tokens, val)
         assert len(keys) > 400
         assert 0.45 < np.isin(keys, train_gpt.passage_keys(tokens[:2500], val)).mean() < 0.65
@@ -1303,26 +1303,17 @@ def test_a_small_split_has_too_many_passages_to_avoid(rt):
 @pytest.mark.parametrize("short, ok", [([300], True), ([300] * 20, False)])
 def test_hardly_anything_may_stand_in_shards_too_short_for_passages(short, ok, corpus, rt):
     """One that is left over at the end of an honest corpus, against many."""
-    config, found = tiny_run_config(corpus[0], corpus[0]), {}
+    config, record = tiny_run_config(corpus[0], corpus[0]), Noted(rt)
     val, data = (train_gpt.ValidationData(config, rt, train_gpt.load_tokenizer(config)),
                  train_gpt.TrainData(config, rt))
     data.shards = [*data.shards, *(data.shards[0][:n] for n in short)]
-    record = SimpleNamespace(rt=rt, check=lambda name, ok, detail: found.update({name: bool(ok)}))
     train_gpt.check_held_out(record, val, data)
-    assert found == {"held_out": ok}
-
-
-class Letters:
-    """A tokenizer whose pieces are the characters of Latin-1."""
-
-    vocab_size = staticmethod(lambda: 256)
-    id_to_piece = staticmethod(chr)
-    is_unknown = is_control = is_unused = is_byte = staticmethod(lambda token: False)
+    assert record.found == {"held_out": ok}
 
 
 def test_digits_make_passages_too():
     """Tables of numbers, word for word in the training shards."""
-    val = SimpleNamespace(tokenizer=Letters(), sha256="5", bytes=9000)
+    val = SimpleNamespace(tokenizer=Characters(), sha256="5", bytes=9000)
     tokens = np.random.default_rng(0).integers(48, 58, 9000)
     keys = train_gpt.passage_keys(tokens, val)
     assert len(keys) > 500 and np.isin(keys, train_gpt.passage_keys(tokens, val, "")).all()
@@ -1414,14 +1405,12 @@ def test_a_split_is_read_whole(corpus, tmp_path, rt):
 
 def test_a_distribution_must_add_up_to_one(rt):
     """By a hundredth is too much or too little."""
-    config, found = small_config(), {}
+    config, record = small_config(), Noted(rt)
     val, model = random_split(400, config), looping_model(config)
-    record = SimpleNamespace(rt=rt, data={"artifact_sha256": "5"},
-                             check=lambda name, ok, detail: found.update({name: ok}))
     for factor, ok in ((1.0, True), (0.99, False), (1.01, False)):
         with changed_nll(lambda nll, ids, targets, factor=factor: nll - math.log(factor)):
             train_gpt.check_scoring(record, config, model, model.nll, val)
-        assert found == {"causal": True, "normalized": ok}
+        assert record.found == {"causal": True, "normalized": ok}
 
 
 def test_an_earlier_runs_log_and_record_are_kept(corpus, tmp_path, rt):
@@ -1474,18 +1463,15 @@ def test_what_one_rank_finds_fails_the_check_of_all():
     config = small_config()
     val, model = random_split(400, config), looping_model(config)
     for others, ok in (([True], True), ([True, False], False)):
-        found = {}
-        record = SimpleNamespace(
-            rt=SimpleNamespace(rank=0, world=len(others) + 1, micro_batch_tokens=4096,
-                               gather=lambda value, others=others: [value, *others]),
-            data={"artifact_sha256": "5"}, check=lambda name, ok, detail, found=found: found.update({name: ok}))
+        record = Noted(SimpleNamespace(rank=0, world=len(others) + 1, micro_batch_tokens=4096,
+                                       gather=lambda value, others=others: [value, *others]))
         train_gpt.check_scoring(record, config, model, model.nll, val)
-        assert found == {"causal": ok, "normalized": ok}
+        assert record.found == {"causal": ok, "normalized": ok}
     record.rt.gather = lambda value: [value, [0.1]]
     record.data["quantized"] = {"val_bpb": 0.0}
     scores = SimpleNamespace(nll=torch.zeros(9), val=val)
     train_gpt.check_entered(record, scores, "quantized", [0.0], 5e-4)
-    assert not found["normalized_quantized"]
+    assert not record.found["normalized_quantized"]
     of_all = {call.args[0].value for call in ast.walk(ast.parse(SOURCE)) if isinstance(call, ast.Call)
               and getattr(call.func, "attr", "") == "check" and "gather(" in ast.unparse(call)}
     assert of_all == {"causal", "normalized", "warm_up_undone", "weights_kept", "shards_unchanged"}
@@ -1495,12 +1481,11 @@ def test_what_one_rank_finds_fails_the_check_of_all():
     (0, 0, 2e-3, True), (4e-4, 0, 5e-4, True), (3e-3, 0, 2e-3, False), (-3e-3, 0, 2e-3, False), (0, 1e-3, 2e-3, False)])
 def test_a_stages_scores_must_be_the_models_and_make_its_figure(off, share, tolerance, ok, rt):
     """`off` from the model's log-softmax on average, `share` of the figure that the scores do not make."""
-    found, val = {}, SimpleNamespace(bytes=100)
-    record = SimpleNamespace(rt=rt, data={"ttt": {"val_bpb": (1 - share) * 9 / math.log(2) / 100}},
-                             check=lambda name, ok, detail: found.update({name: bool(ok)}))
+    val = SimpleNamespace(bytes=100)
+    record = Noted(rt, ttt={"val_bpb": (1 - share) * 9 / math.log(2) / 100})
     train_gpt.check_entered(record, SimpleNamespace(nll=torch.ones(9), val=val), "ttt", [torch.tensor(off)] * 3,
                             tolerance)
-    assert found == {"normalized_ttt": ok}
+    assert record.found == {"normalized_ttt": ok}
 
 
 def test_a_model_of_a_gpus_precision_has_two_thousandths_of_tolerance():
@@ -1522,23 +1507,20 @@ def test_windows_that_are_scored_again_are_drawn_from_all(corpus, tmp_path, rt):
 
 
 def test_a_scorer_that_nothing_changes_is_not_causal(corpus, rt):
-    config, found = tiny_run_config(corpus[0], corpus[0]), {}
+    config, record = tiny_run_config(corpus[0], corpus[0]), Noted(rt)
     val, model = train_gpt.ValidationData(config, rt, train_gpt.load_tokenizer(config)), looping_model(config)
-    record = SimpleNamespace(rt=rt, data={"artifact_sha256": "5"},
-                             check=lambda name, ok, detail: found.update({name: bool(ok)}))
     train_gpt.check_scoring(record, config, model, lambda ids, targets: torch.ones(targets.shape), val)
-    assert found == {"causal": False, "normalized": True}
+    assert record.found == {"causal": False, "normalized": True}
 
 
 def test_what_another_ranks_shards_hold_counts(corpus, rt, monkeypatch):
     """Each rank reads its share of the training shards."""
-    config, found = tiny_run_config(corpus[0], corpus[0]), {}
+    config, record = tiny_run_config(corpus[0], corpus[0]), Noted(rt)
     val = train_gpt.ValidationData(config, rt, train_gpt.load_tokenizer(config))
-    record = SimpleNamespace(rt=rt, check=lambda name, ok, detail: found.update({name: bool(ok)}))
     for another, ok in ((0, True), (1, False)):
         monkeypatch.setattr(rt, "all_reduce", lambda tensor, another=another: tensor.add_(another))
         train_gpt.check_held_out(record, val, train_gpt.TrainData(config, rt))
-        assert found == {"held_out": ok}
+        assert record.found == {"held_out": ok}
 
 
 def test_the_record_tells_what_happened_and_not_what_was_asked(corpus, tmp_path, rt):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, fake_validation, tiny_config
+from conftest import ROOT, Characters, fake_validation, tiny_config
 
 import train_gpt
 from train_gpt import SOURCE, Record, UsageError, pack_artifact, pack_source, strip_source
@@ -340,27 +340,6 @@ def test_single_pass_check_counts_targets(record, rt):
         planted = scores.times_scored.max() > 1
         assert outcome(record, "single_pass_sliding") != planted
     assert record.data["sliding"]["val_loss"] == pytest.approx(1.1)
-
-
-class Characters:
-    """A tokenizer of one byte per token, for the check of the byte tables."""
-
-    is_control = is_unknown = is_unused = is_byte = staticmethod(lambda token: token < 2)
-
-    def vocab_size(self):
-        return 300
-
-    def id_to_piece(self, token):
-        return chr(token)
-
-    def bos_id(self):
-        return 1
-
-    def decode(self, ids):
-        return "".join(chr(i) for i in ids if i > 1)
-
-    def encode(self, text):
-        return [ord(c) for c in text]
 
 
 class Folding(Characters):
