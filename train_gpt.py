@@ -284,14 +284,14 @@ class Config:
         """The SentencePiece model's file."""
         return Path(self.tokenizer_path or f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe.model")
 
-    def non_defaults(self) -> dict[str, object]:
-        """Settings in force that differ from the defaults above: what the log and the record show.
+    def in_force(self) -> dict[str, object]:
+        """Settings that differ from the defaults above, and those of PACKED_FOR: what the log and the record show.
 
         Folders and what MODE=collect reads are left out: they change no figure, and logs are published.
         """
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                if getattr(self, f.name) != f.default and not f.name.endswith(("_dir", "_path"))
-                and f.metadata["room"] != "collect"}
+                if f.name in PACKED_FOR or getattr(self, f.name) != f.default
+                and not f.name.endswith(("_dir", "_path")) and f.metadata["room"] != "collect"}
 
 
 # What must hold between settings: expressions, which an error shows with the values of their variables.
@@ -315,6 +315,11 @@ SETTLED_SETTINGS = ("preset", "seed", *(f.name for f in dataclasses.fields(Confi
 # What an artifact says of itself and brings along; folders and the machine's settings are never its business.
 STORED_SETTINGS = (*SETTLED_SETTINGS, *(f.name for f in dataclasses.fields(Config)
                                         if f.metadata["room"] == "evaluation"))
+# Settings that decide what code a run needs: the packed script is made for the run's values of them, and
+# record and artifact name all of these, for in the packed script they are the defaults.
+PACKED_FOR = ("preset", "corpus", "quantizer", "compressor", "parallel_residual", "smear_gate_enabled", "ve_layers",
+              "skip_gates_enabled", "ln_scale", "recur_start_step", "lr_schedule", "muon_row_normalize", "swa_every",
+              "late_qat_threshold", "prequant_ttt_enabled", "selective_pruning_enabled", "ppm_enabled")
 
 PRESETS = {
     # PR #1541 is the default system: the fields above are its values, but for test-time training.
@@ -399,7 +404,8 @@ def allowed_values(field: dataclasses.Field) -> str:
 
 def rule_with_values(rule: str, values: Mapping[str, object]) -> str:
     """Write a constraint, and beside it the variables that it is about."""
-    return f"{rule} ({assignments({name: values[name] for name in re.findall(r'[a-z_]+', rule) if name in values})})"
+    named = {name: values[name] for name in re.findall("[a-z_]+", rule) if name in values}
+    return f"{rule} ({assignments(named)})"
 
 
 def print_help():
@@ -486,13 +492,14 @@ class Runtime:
             signal.signal(number, on_signal)
 
     def open_log(self, path: Path):
-        """Start rank 0's log file; an earlier one of this name, and its record, are kept as `*.old`."""
+        """Start rank 0's log file; an earlier one of this name, and its record, get the time behind theirs."""
         self.logged = hashlib.sha256()  # of the lines, as they are written
         if self.main:
             path.parent.mkdir(parents=True, exist_ok=True)
+            now = time.strftime(".%Y%m%d_%H%M%S")
             for earlier in (path, path.with_suffix(".json")):
                 if earlier.exists():
-                    earlier.replace(f"{earlier}.old")
+                    earlier.replace(f"{earlier}{now}")
             self.log_file = path.open("w", encoding="utf-8")
 
     def log(self, message: str):
@@ -2127,10 +2134,10 @@ def read_body(body: bytes, head_bytes: int) -> tuple[dict[str, Tensor], dict[str
 
 
 def artifact_header(config: Config) -> dict[str, object]:
-    """What an artifact says of itself: the settings beside its preset's, without folders and machine settings."""
+    """What an artifact says of itself: PACKED_FOR and what is not as its preset has it; no folders, no machine's."""
     preset = Config(**PRESETS[config.preset])
     settings = {name: getattr(config, name) for name in STORED_SETTINGS
-                if name in ("preset", "seed") or getattr(config, name) != getattr(preset, name)}
+                if name in ("seed", *PACKED_FOR) or getattr(config, name) != getattr(preset, name)}
     return {"settings": settings, "compressor": config.compressor}
 
 
@@ -2693,7 +2700,7 @@ class Record:
         self.rt, self.path = rt, Path(config.log_dir) / f"{run_id}.json"
         self.data = {**dict.fromkeys(self.KEYS), "checks": []}
         self.set(run_id=run_id, mode=config.mode, preset=config.preset, seed=config.seed,
-                 settings=config.non_defaults(), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                 settings=config.in_force(), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                  hardware=rt.hardware(), world_size=rt.world, python=platform.python_version(),
                  torch=torch.__version__, attention_backend=rt.attention, source_sha256=sha256(SOURCE))
 
@@ -2758,14 +2765,14 @@ def score_mixture(record: Record, config: Config, mixture: ByteShares, shares: t
 
 def record_lines(values: Mapping[str, object]) -> list[str]:
     """What the log says of a record's entries but the scores and checks, which have lines of their own."""
-    return [f"{key}: {assignments(value) if key == 'settings' else value}" for key, value in values.items()
+    return [f"{key}: {assignments(value) if isinstance(value, dict) else value}" for key, value in values.items()
             if value is not None and key not in (*Record.STAGES, "ppm", "checks")]
 
 
 def score_line(result: Mapping[str, float]) -> str:
     """An evaluation in the log's community form."""
-    return (f"val_loss:{result['val_loss']:.8f} val_bpb:{result['val_bpb']:.8f} "
-            f"eval_time:{result['seconds'] * 1000:.0f}ms")
+    nats, bpb, seconds = (result[key] for key in ("val_loss", "val_bpb", "seconds"))
+    return f"val_loss:{nats:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms"
 
 
 def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_000):
@@ -2815,8 +2822,9 @@ def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.
     passage begins where a hash of its first 8 letters says so. The hash depends on the split and the salt: who alters a
     text so that it has no passages has other ones.
     """
-    known = [re.sub(rb"[\0-/:-`{-\x7f]", b"", token_bytes(val.tokenizer, token, False).lower())
+    known = [token_bytes(val.tokenizer, token, False).decode(errors="backslashreplace")  # of byte pieces: \xe4
              for token in range(val.tokenizer.vocab_size())]
+    known = [re.sub(r"[\W_]", "", text.lower()).encode() for text in known]
     length, letters = np.array([*map(len, known)]), np.frombuffer(b"".join(known), np.uint8)
     offset, keys, text = length.cumsum() - length, [], letters[:0]
     seed = int(sha256((val.sha256 + salt).encode()), 16)
@@ -2946,10 +2954,6 @@ def pack_source(source: bytes, config: Config) -> bytes:
     return compress_source(source, tuple((name, getattr(config, name)) for name in PACKED_FOR))
 
 
-# Settings that decide what code a run needs: the packed script is made for the run's values of them.
-PACKED_FOR = ("preset", "corpus", "quantizer", "compressor", "parallel_residual", "smear_gate_enabled", "ve_layers",
-              "skip_gates_enabled", "ln_scale", "recur_start_step", "lr_schedule", "muon_row_normalize", "swa_every",
-              "late_qat_threshold", "prequant_ttt_enabled", "selective_pruning_enabled", "ppm_enabled")
 FINEWEB_VAL_BYTES = 151_080_891  # 50,000 documents
 PUBLIC_NAMES = {"Config", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact", "SOURCE",
                 "main", "__file__", "__name__"}
@@ -3009,6 +3013,19 @@ class SourceStripper(ast.NodeTransformer):
             node.value.elts = [rule for rule in node.value.elts if not all(
                 word in self.packed_for for word in re.findall(r"\w+", rule.value) if hasattr(Config, word))]
         return self.generic_visit(node)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
+        """Let calls do what an f-string does with text in its braces: Python 3.12 writes it as 3.11 cannot read it."""
+        self.generic_visit(node)
+        fields = [part for part in node.values if isinstance(part, ast.FormattedValue)]
+        if not any(isinstance(getattr(inner, "value", 0), str) for part in fields for inner in ast.walk(part.value)):
+            return node
+        for part in fields:
+            named = {"r": "repr", "s": "str", "a": "ascii"}.get(chr(max(part.conversion, 0)))
+            value = ast.Call(ast.Name(named, ast.Load()), [part.value], []) if named else part.value
+            whole = ast.Call(ast.Name("format", ast.Load()), [value, *filter(None, [part.format_spec])], [])
+            node.values[node.values.index(part)] = whole
+        return ast.Call(ast.Attribute(ast.Constant(""), "join", ast.Load()), [ast.List(node.values, ast.Load())], [])
 
     def visit_If(self, node: ast.If | ast.IfExp) -> ast.AST | list[ast.stmt]:
         """Keep the branch that is taken, where PACKED and the settings packed for decide it."""
@@ -3188,8 +3205,8 @@ def compress_source(source: bytes, settings: tuple[tuple[str, object], ...]) -> 
     The unpacked source is registered with linecache, for whoever inspects the running code.
     """
     packed = brotli.compress(strip_source(source.decode(), **dict(settings)).encode(), quality=11, lgwin=24)
-    literal = packed.decode("latin1").replace("\\", r"\\").replace("\r", r"\r").replace('""', r'"\"')
-    literal = re.sub('"$', r'\"', literal)
+    literal = packed.decode("latin1").replace("\\", r"\\").replace("\r", r"\r")
+    literal = re.sub(r'"(?="|\Z)', r'\"', literal)
     literal = re.sub("\0(?=[0-7])", r"\\x00", literal).replace("\0", r"\0")
     program = (f'import brotli,linecache\ns=brotli.decompress("""{literal}""".encode("latin1")).decode()\nf="unpacked_"'
                '+__name__\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\nexec(compile(s,f,"exec"))\n')
@@ -3211,7 +3228,8 @@ def results_table(records: list[dict]) -> str:
     for r in sorted(records, key=lambda r: (final_score(r) or {"val_bpb": math.inf})["val_bpb"]):
         cells = [r[key] for key in ("run_id", "hardware", "val_tokens", "steps", "tokens_per_second")]
         cells += [*(bpb(r, stage) for stage in ("prequant", "quantized", "sliding", "ttt")), r["total_bytes"]]
-        cells.append(", ".join(check["name"] for check in r["checks"] if not check["ok"]) or "none")
+        cells.append(", ".join(check["name"] for check in r["checks"] if not check["ok"])
+                     or ("none" if r["compliant"] else "-"))
         rows.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in cells)} |")
     return "\n".join(rows)
 
@@ -3427,12 +3445,12 @@ def collect(config: Config):
 
 def open_record(config: Config, rt: Runtime, val: ValidationData) -> Record:
     """Seed everything, open log and record, and say what runs on what; raise UsageError if ranks differ in it."""
-    for what, value in (("settings", assignments(config.non_defaults())), ("code", sha256(SOURCE)),
+    for what, value in (("settings", assignments(config.in_force())), ("code", sha256(SOURCE)),
                         ("device", rt.hardware()), ("attention", rt.attention), ("validation tokens", val.sha256),
                         ("tokenizer", val.tokenizer_sha256)):
         rt.check_alike(what, value)
     torch.manual_seed(config.seed)
-    run_id = config.run_id or f"{config.preset}_seed{config.seed}_{time.strftime('%Y%m%d_%H%M%S')}"
+    run_id = config.run_id or time.strftime(f"{config.preset}_seed{config.seed}_%Y%m%d_%H%M%S")
     rt.open_log(Path(config.log_dir) / f"{run_id}.txt")
     record = Record(config, rt, run_id)
     record.set(val_tokens=val.targets, val_bytes=val.bytes, val_sha256=val.sha256,
@@ -3648,6 +3666,8 @@ def refuse_code_beside():
 
     Python itself and installed packages may lie there: a virtual environment.
     """
+    if __name__ == "__main__" and __spec__:  # Python would take what a file in __pycache__ says the script is
+        raise UsageError("`python -m` may run another script than it reads: name the file")
     script = Path(__file__).resolve()
 
     def beside(path: Path) -> bool:

@@ -85,9 +85,10 @@ def test_environment_overrides_preset_overrides_default():
     assert not Config.from_env({"TTT_ENABLED": "0"}).ttt_enabled
 
 
-def test_non_defaults_are_the_settings_in_force():
+def test_settings_in_force_are_what_is_not_default_and_what_the_packed_script_takes_for_granted():
     env = {"SEED": "7", "MATRIX_LR": "0.03", "DATA_DIR": "/home/somebody", "TOKENIZER_PATH": "/home/somebody/model"}
-    assert Config.from_env(env).non_defaults() == {"seed": 7, "ttt_enabled": True}
+    always = {name: getattr(Config, name) for name in train_gpt.PACKED_FOR}
+    assert Config.from_env(env).in_force() == {**always, "seed": 7, "ttt_enabled": True}
 
 
 def test_whatever_differs_from_its_default_is_shown():
@@ -99,7 +100,12 @@ def test_whatever_differs_from_its_default_is_shown():
             bool, str) else field.default + 1
         shown = dataclasses.replace(Config(), **{field.name: "x" if kind is str and not choices else value})
         hidden = field.name.endswith(("_dir", "_path")) or field.metadata["room"] == "collect"
-        assert len(shown.non_defaults()) == (0 if hidden else 1), field.name
+        assert (shown.in_force() == Config().in_force()) == hidden, field.name
+
+
+def test_the_defaults_are_the_contests_limits():
+    assert Config().target_bytes == train_gpt.SUBMISSION_CAP_BYTES == 16_000_000
+    assert Config().max_wallclock_seconds == train_gpt.TRAIN_LIMIT_SECONDS == train_gpt.EVAL_LIMIT_SECONDS == 600
 
 
 def test_every_setting_has_a_meaning_and_numbers_have_a_range():

@@ -593,6 +593,35 @@ def test_a_large_shard_is_taken_whole(tmp_path):
     assert len(found) == 9_000_001 and np.array_equal(found[-1000:], tokens[-1000:])
 
 
+def test_the_last_token_of_a_large_shard_counts(tmp_path, rt):
+    """For its hash, by which data are told apart, and for the vocabulary's bound."""
+    config, tokens = tiny_config(data_dir=tmp_path), (np.arange(1_200_000) % 290 + 5).astype("<u2")
+    for split in ("train", "val"):
+        train_gpt.write_shard(config.shard_dir / f"fineweb_{split}_000000.bin", tokens)
+    digest = hashlib.sha256(tokens.tobytes()).hexdigest()
+    assert ValidationData(config, rt, plain_tokenizer()).sha256 == digest
+    assert TrainData(config, rt).sha256 == hashlib.sha256(digest.encode()).hexdigest()
+    tokens[-1] = 300
+    train_gpt.write_shard(config.shard_dir / "fineweb_train_000000.bin", tokens)
+    with pytest.raises(UsageError, match="token 300 is outside the vocabulary"):
+        TrainData(config, rt)
+
+
+def test_a_split_without_text_is_refused(tmp_path, rt):
+    config = tiny_config(data_dir=tmp_path)
+    train_gpt.write_shard(config.shard_dir / "fineweb_val_000000.bin", np.ones(700))
+    with pytest.raises(UsageError, match="holds no text"):
+        ValidationData(config, rt, plain_tokenizer())
+
+
+def test_what_one_rank_cannot_read_ends_all(tmp_path, rt, monkeypatch):
+    """Another node's file may be the broken one: nobody waits in vain for its rank."""
+    monkeypatch.setattr(rt, "gather", lambda problem: [problem, "fineweb_train_000007.bin is no shard"])
+    write_shards(tmp_path)
+    with pytest.raises(UsageError, match="fineweb_train_000007"):
+        TrainData(tiny_config(data_dir=tmp_path), rt)
+
+
 def test_what_is_written_to_a_file_that_is_trained_on_is_noticed(tmp_path, rt, monkeypatch):
     """Even if a link led to it only while shards were opened, or another file system holds a file with its stamp."""
     for name in "ab":

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, fake_validation, tiny_env, tiny_model, torchrun, write_shards
+from conftest import ROOT, fake_validation, tiny_config, tiny_env, tiny_model, torchrun, write_shards
+from test_quantization import on_ranks
 
 import train_gpt
 from train_gpt import Runtime, evaluate, evaluate_ttt, windows
@@ -230,3 +231,27 @@ def test_the_published_settings_are_the_defaults():
     assert (config.eval_seq_len, config.eval_stride, config.ttt_chunk_tokens) == (2048, 64, 32768)
     assert (config.ttt_enabled, config.ttt_epochs, config.ttt_batch_seqs) == (True, 3, 32)
     assert (config.ttt_lr, config.ttt_momentum, config.ttt_grad_clip) == (0.005, 0.9, 1.0)
+
+
+def test_ranks_adapt_as_one():
+    """Three ranks share batches of five sequences, and end with one rank's weights."""
+    config, sequences = tiny_config(ttt_batch_seqs=5, ttt_grad_clip=0), torch.randint(3, 300, (8, 33))
+    models = [tiny_model(config) for _ in range(3)]
+
+    def work(rt):
+        model = copy.deepcopy(models[rt.rank])
+        grads = train_gpt.bind_gradients(list(model.parameters()))
+        sgd = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        train_gpt.descend(config, rt, model, sgd, grads, sequences)
+        return [p.detach() for p in model.parameters()]
+
+    alone, = on_ranks(1, work)
+    assert not torch.equal(alone[0], next(models[0].parameters()))
+    for found in on_ranks(3, work):
+        for mine, theirs in zip(found, alone):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_released_is_what_was_asked_for(rt):
+    val = fake_validation(torch.arange(3, 200), tiny_config())
+    assert torch.equal(train_gpt.Scores(rt, val).release(10, 20), val.tokens[10:21])

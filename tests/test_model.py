@@ -284,9 +284,10 @@ def test_no_document_smears_into_the_next():
     assert torch.equal(mixed[0][:, [0, 5]], table[ids[:, [0, 5]]]), "nothing comes before a window or a document"
 
 
-def test_late_qat_reaches_every_bank():
+@pytest.mark.parametrize("bits, top", [(6, 31), (4, 7)])
+def test_late_qat_reaches_every_bank(bits, top):
     """The matrices compute as if rounded to SDClip's integers, and their gradients pass unchanged."""
-    cfg = tiny_config(late_qat_threshold=0.1, matrix_clip_sigmas=6)
+    cfg = tiny_config(late_qat_threshold=0.1, matrix_clip_sigmas=6, matrix_bits=bits)
     model, ids = tiny_model(cfg), random_ids(2, 8)
     exact = model(ids, ids)
     exact.backward()
@@ -300,8 +301,8 @@ def test_late_qat_reaches_every_bank():
         for name in GPT.BANKS:
             bank = getattr(rounded, name)
             for row in bank.view(-1, bank.size(-1)):
-                step = 6 * row.std() / 31
-                row.copy_((row / step).round().clamp(-31, 31) * step)
+                step = 6 * row.std() / top
+                row.copy_((row / step).round().clamp(-top, top) * step)
     expected = rounded(ids, ids)
     expected.backward()
     torch.testing.assert_close(rounded_loss, expected, rtol=1e-5, atol=1e-6)
@@ -399,6 +400,13 @@ def test_loss_is_the_mean_score(monkeypatch):
         loss, nll = model(tokens[:, :-1], tokens[:, 1:]), model.nll(tokens[:, :-1], tokens[:, 1:])
     assert nll.shape == (3, 11)
     torch.testing.assert_close(loss, nll.mean(), rtol=1e-5, atol=0)
+
+
+def test_logits_are_fp32_whatever_the_products_are():
+    """A log-softmax in bf16 would have two digits."""
+    model = tiny_model(tiny_config())
+    model.dtype = torch.bfloat16
+    assert model.head(torch.randn(2, 64).bfloat16()).dtype == torch.float32
 
 
 def test_squared_leaky_relu_is_autograd():

@@ -163,7 +163,7 @@ def test_packed_script_trains_the_same_artifact(runs, trained_packed):
     done, folder = trained_packed
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((folder / "logs" / "run.json").read_text())
-    for key in ("artifact_sha256", "code_sha256", "compliant"):
+    for key in ("artifact_sha256", "code_sha256", "compliant", "settings"):
         assert record[key] == runs[0].record[key]
     assert record["ttt"]["val_loss"] == runs[0].record["ttt"]["val_loss"]
 

@@ -2,6 +2,7 @@
 import ast
 import contextlib
 import copy
+import dataclasses
 import difflib
 import hashlib
 import inspect
@@ -18,12 +19,12 @@ import torch
 from conftest import ROOT, Characters, fake_validation, tiny_config
 
 import train_gpt
-from train_gpt import SOURCE, Record, UsageError, pack_artifact, pack_source, strip_source
+from train_gpt import SOURCE, Record, UsageError, pack_artifact, pack_source, strip_source, unpack_artifact
 
 
-def load_packed(folder):
-    """Import the packed script from a folder under a name of its own."""
-    (folder / "packed_train_gpt.py").write_bytes(pack_source(SOURCE, train_gpt.Config()))
+def load_packed(folder, code: bytes | None = None):
+    """Import the packed script, or its readable code, from a folder under a name of its own."""
+    (folder / "packed_train_gpt.py").write_bytes(code or pack_source(SOURCE, train_gpt.Config()))
     sys.path.insert(0, str(folder))
     try:
         sys.modules.pop("packed_train_gpt", None)
@@ -39,6 +40,37 @@ def test_packing_is_deterministic_and_idempotent():
                           env={"PYTHONHASHSEED": "1", "PATH": ""})
     assert done.stdout.strip() == train_gpt.sha256(packed), "with other hashes of strings"
     assert pack_source(packed, train_gpt.Config()) == packed
+
+
+@pytest.mark.parametrize("ending", [b'""', b'a"', b'"""', b"a\\", b"\0007", b"\r\n", b"a\0", b'\\"', b"\x005", b'"'])
+def test_any_bytes_survive_the_literal(ending, monkeypatch):
+    """Today's compressed code happens to hold only some of what must be escaped."""
+    content = bytes(range(256)) + b'"""' + ending
+    monkeypatch.setattr(train_gpt.brotli, "compress", lambda *_, **__: content)
+    monkeypatch.setattr(train_gpt, "strip_source", lambda *_, **__: "")
+    code = train_gpt.compress_source.__wrapped__(b"", ())
+    literal = max((node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)
+                   and isinstance(node.value, str)), key=len)
+    assert literal.encode("latin1") == content
+
+
+def test_text_in_the_braces_of_an_f_string_does_not_reach_the_packed_script():
+    """From Python 3.12 on, ast.unparse quotes it in a way that 3.10, which the contest runs, cannot parse."""
+    program = """
+def told(a, spec):
+    return f"{a['x']!r:>{spec}}|{{{a['y']:.3f}}}|{'yes' if a['y'] else 'no'}" + f"{spec}"
+SOURCE = told({"x": "one", "y": 2.5}, 7)
+"""
+    space, stripped = {}, strip_source(program)
+    exec(stripped, space)
+    assert space["SOURCE"] == "  'one'|{2.500}|yes7" and stripped.count("join") == 1
+    assert "f'{b}'" in stripped, "as it was"
+    for preset in train_gpt.PRESETS:
+        settings = {**vars(train_gpt.Config()), **train_gpt.PRESETS[preset], "preset": preset}
+        tree = ast.parse(strip_source(SOURCE.decode(), **{name: settings[name] for name in train_gpt.PACKED_FOR}))
+        inside = [part for node in ast.walk(tree) if isinstance(node, ast.FormattedValue)
+                  for part in ast.walk(node.value) if isinstance(getattr(part, "value", None), str)]
+        assert not inside, ast.unparse(inside[0])
 
 
 def test_stripped_source_keeps_the_program_and_drops_what_readers_need():
@@ -145,8 +177,8 @@ SOURCE = [one(type("C", (), dict(seed=seed, corpus="shards", ppm_enabled=False))
 def test_packed_script_computes_the_same(tmp_path):
     packed = load_packed(tmp_path)
     config, other = tiny_config(), packed.Config.from_env({k.upper(): str(int(v) if isinstance(v, bool) else v)
-                                                           for k, v in tiny_config().non_defaults().items()})
-    assert config.non_defaults() == other.non_defaults()
+                                                           for k, v in tiny_config().in_force().items()})
+    assert config.in_force() == other.in_force()
     torch.manual_seed(0)
     ours = train_gpt.GPT(config)
     torch.manual_seed(0)
@@ -162,6 +194,24 @@ def test_packed_script_computes_the_same(tmp_path):
     assert packed.pack_artifact(tensors, {"x": 1}) == train_gpt.pack_artifact(tensors, {"x": 1})
     assert ".project(" in inspect.getsource(packed.GPT.mlp), "its source is registered: Triton, for one, asks for it"
     assert pack_source(SOURCE, config) == packed.SOURCE, "the packed script must count itself, not what it unpacks to"
+
+
+@pytest.mark.parametrize("name, text", [
+    ("LN_SCALE", "0"), ("PARALLEL_RESIDUAL", "plain"), ("PPM_ENABLED", "1"), ("MUON_ROW_NORMALIZE", "0")])
+def test_what_a_packed_script_is_made_for_stands_in_record_and_artifact(
+        tmp_path, monkeypatch, name, text):
+    """Although it is the default there: another script would score the artifact as another model's, and silently."""
+    readable = train_gpt.Config.from_env({name: text})
+    monkeypatch.setattr(train_gpt, "shorten_names", lambda tree: None)
+    packed = load_packed(tmp_path, strip_source(SOURCE.decode(), **vars(readable)).encode())
+    made_by_it = packed.Config.from_env({})
+    assert made_by_it.in_force() == readable.in_force() and name.lower() in readable.in_force()
+    told = unpack_artifact(pack_artifact({}, packed.artifact_header(made_by_it)))[1]
+    assert told == train_gpt.artifact_header(readable)
+    assert getattr(train_gpt.Config.from_env({}, told["settings"]), name.lower()) == getattr(readable, name.lower())
+    others = train_gpt.artifact_header(train_gpt.Config.from_env({}))["settings"]
+    with pytest.raises(ValueError, match=name):
+        packed.Config.from_env({}, others)
 
 
 def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
@@ -182,7 +232,8 @@ def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
 def test_the_packed_script_packs_itself_and_refuses_what_it_is_not_packed_for(tmp_path):
     code = pack_source(SOURCE, train_gpt.Config())
     (tmp_path / "train_gpt.py").write_bytes(code)
-    for env in ({"MODE": "collect"}, {"PRESET": "smoke"}, {"QUANTIZER": "sdclip"}, {"MODE": "pack", "OUT_DIR": "made"}):
+    for env in ({"MODE": "collect"}, {"PRESET": "smoke"}, {"QUANTIZER": "sdclip"}, {"ATTENTION": "plain"},
+                {"MODE": "pack", "OUT_DIR": "made"}):
         done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
                               env={"PATH": "", **env})
         (name, value), = list(env.items())[:1]
@@ -208,6 +259,17 @@ def test_code_beside_the_script_is_refused(tmp_path, name, early):
                           env={"PATH": "", **({"MODE": "help"} if early else {"ATTENTION": "fa3", "PRESET": "smoke"})})
     said = str(tmp_path / name) if early else "ATTENTION=fa3 needs a Hopper GPU"
     assert done.returncode == 2 and said in done.stderr and "uncounted" not in done.stdout, done.stderr
+
+
+def test_a_script_that_is_run_as_a_module_is_refused(tmp_path):
+    """`python -m` runs what __pycache__ has, if that names the file's size and time: the source would tell nothing."""
+    for code in (SOURCE, pack_source(SOURCE, train_gpt.Config())):
+        (tmp_path / "train_gpt.py").write_bytes(code)
+        done = subprocess.run([sys.executable, "-m", "train_gpt"], cwd=tmp_path, capture_output=True, text=True,
+                              env={"PATH": "", "MODE": "pack"})
+        assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert "name the file" in subprocess.run(
+        [sys.executable, "-m", "train_gpt"], cwd=ROOT, capture_output=True, text=True, env={"PATH": ""}).stderr
 
 
 def test_a_name_alone_is_no_stranger(tmp_path):
@@ -323,6 +385,18 @@ def test_a_check_that_did_not_take_place_is_not_passed(record, sliding, ttt):
         assert missing is None or missing in record.data["checks"][-1]["detail"]
 
 
+@pytest.mark.parametrize("setting, missing", [
+    ("ppm_enabled", "ppm_normalized"), ("prequant_ttt_enabled", "no_early_training"),
+    ("prequant_ttt_enabled", "single_pass_prequant_ttt")])
+def test_what_is_switched_on_besides_has_its_checks(record, setting, missing):
+    checks = [*ALL_ALONG, *OF_SLIDING, *OF_TTT, "ppm_normalized", "no_early_training", "single_pass_prequant_ttt"]
+    finish(record, checks=checks, **{setting: 1})
+    assert record.data["compliant"]
+    record.data["checks"].clear()
+    finish(record, checks=[name for name in checks if name != missing], **{setting: 1})
+    assert not record.data["compliant"] and missing in record.data["checks"][-1]["detail"]
+
+
 def test_dropped_tail_is_not_compliant(record):
     finish(record, left_out=7)
     assert not outcome(record, "full_split") and not record.data["compliant"]
@@ -383,6 +457,44 @@ def test_the_splits_text_must_be_its_tokens_and_not_repeat_itself(record):
         record.data["checks"].clear()
         train_gpt.check_split(record, val)
         assert outcome(record, "byte_count") and outcome(record, "split_text") == ok
+
+
+def test_two_million_tokens_of_a_large_split_are_looked_at():
+    assert inspect.signature(train_gpt.check_split).parameters["most_tokens"].default == 2_000_000
+
+
+@pytest.mark.parametrize("share, ok", [(0.7, True), (0.35, False)])
+def test_half_of_a_split_must_be_letters(record, share, ok):
+    """What is hardly any letters has hardly any passages to be found in the training shards."""
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.random(200_000) < share, rng.integers(97, 120, 200_000), rng.integers(33, 47, 200_000))
+    tokens[0] = 1
+    val = fake_validation(tokens, tiny_config())
+    val.target_bytes = torch.ones(199_999, dtype=torch.int64)
+    val.bytes, val.tokenizer = 199_999, Characters()
+    train_gpt.check_split(record, val)
+    assert outcome(record, "byte_count") and outcome(record, "split_text") == ok
+
+
+def test_quotes_and_blanks_beyond_ascii_are_no_letters():
+    """A page that was copied with no-break spaces and curly quotes is the same text; byte pieces are letters."""
+    class Pieces(Characters):
+        def is_byte(self, token):
+            return token == 2
+
+        def id_to_piece(self, token):
+            return "<0xE4>" if token == 2 else {3: "\u00a0", 4: "\u201c", 5: "\u00c4", 6: "\u200b", 7: "_"}.get(
+                token, chr(token))
+
+    tokens = np.random.default_rng(0).integers(97, 123, 5000)
+    tokens[::9], tokens[5::11] = 5, 2
+    val = types.SimpleNamespace(tokenizer=Pieces(), sha256="5", bytes=9000)
+    keys = train_gpt.passage_keys(tokens, val)
+    other = np.insert(tokens, np.arange(0, 5000, 3), np.resize([3, 4, 6, 7], 1667))
+    assert len(keys) > 300 and np.array_equal(train_gpt.passage_keys(other, val), keys)
+    for letter in (5, 2):
+        fewer = train_gpt.passage_keys(tokens[tokens != letter], val)
+        assert not np.isin(keys, fewer).any(), "they are letters"
 
 
 def test_which_documents_are_looked_at_follows_from_the_text(record):
@@ -567,6 +679,25 @@ def test_four_seeds_that_are_not_alike(record, tmp_path, monkeypatch):
     assert not collected(tmp_path, monkeypatch, contest_records(record)[:2])["compliance"]["three_seeds"]
 
 
+def test_each_seeds_figures_are_its_own_and_the_date_is_the_last_runs(record, tmp_path, monkeypatch):
+    records = contest_records(record)
+    for each, day in zip(records, (3, 5, 4)):
+        each["date"] = f"2020-01-0{day}T00:00:00+00:00"
+    submission = collected(tmp_path, monkeypatch, records)
+    assert submission["date"] == "2020-01-05"
+    assert submission["seed_results"] == {
+        str(each["seed"]): {**each["ttt"], **{key: each[key] for key in ("artifact_bytes", "total_bytes")}}
+        for each in records}
+
+
+def test_a_score_alone_has_not_passed_the_runs_checks(record):
+    """MODE=eval cannot know how the artifact was made."""
+    finish(record)
+    alone = {**record.data, "mode": "eval", "compliant": None}
+    rows = train_gpt.results_table([record.data, alone]).splitlines()[2:]
+    assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["none", "-"]
+
+
 def test_failed_checks_are_shown(record, tmp_path, monkeypatch):
     """In the table, and with their detail in the folder's README."""
     record.check("held_out", False, "9 of 9 passages")
@@ -623,9 +754,20 @@ def test_a_log_that_was_written_over_meanwhile_is_refused(tmp_path, rt):
             assert len(train_gpt.read_records(wanted)) == 1
 
 
+def test_nothing_but_the_seed_may_differ(record):
+    """Whichever setting it is: two systems would make one submission."""
+    records = contest_records(record)[:2]
+    train_gpt.check_one_system(records)
+    for field in dataclasses.fields(train_gpt.Config):
+        pair = copy.deepcopy(records)
+        pair[1]["settings"][field.name] = "another"
+        may = field.name in ("seed", "run_id")
+        with contextlib.nullcontext() if may else pytest.raises(UsageError, match="settings differs"):
+            train_gpt.check_one_system(pair)
+
+
 @pytest.mark.parametrize("change", [
-    *({"settings": {name: value}} for name, value in (("ttt_epochs", 9), ("ttt_lr", 0.1), ("eval_stride", 128),
-                                                      ("matrix_lr", 0.1), ("vocab_size", 4096))),
+    {"settings": {"ttt_epochs": 9}},
     {"preset": "smoke"}, {"source_sha256": "0"}, {"code_sha256": "0"},
     {"train_sha256": "0"}, {"val_sha256": "0"}, {"tokenizer_sha256": "0"}, {"hardware": "8x NVIDIA H200"},
     {"torch": "2.9.0"}, {"python": "3.10.0"}, {"attention_backend": "fa3"}, {"mode": "eval"}, {"seed": 42},
@@ -644,6 +786,7 @@ def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch,
     {"hardware": "48x NVIDIA H100 80GB HBM3"}, {"hardware": "8x NVIDIA H200"}, {"hardware": "4x NVIDIA H100 80GB HBM3"},
     {"hardware": "8x NVIDIA H100 PCIe"}, {"world_size": 16}, {"val_bytes": 300_000_000},
     {"val_bytes": 30_000_000}, {"val_bytes": 151_090_000}, {"val_bytes": 151_070_000}, {"compliant": False},
+    {"val_bytes": 151_080_891 + 2000}, {"val_bytes": 151_080_891 - 2000},
     {"val_tokens": 40_540_801, "settings": {}}], ids=str)
 def test_only_the_contests_machine_and_split_fill_its_figures(record, tmp_path, monkeypatch, change):
     records = contest_records(record, **change)
@@ -657,6 +800,7 @@ def test_only_the_contests_machine_and_split_fill_its_figures(record, tmp_path, 
     {"hardware": "8x NVIDIA H100 80GB HBM3"}, {"val_bytes": 151_080_891}, {"val_sha256": "6"}, {"compliant": False},
     {"checks": []}, {"seed": 5}, {"total_bytes": 9}, {"train_seconds": 9.0}, {"torch": "9"}, {"date": "2026"},
     {"ttt": {"val_loss": 2.0, "val_bpb": 0.9, "seconds": 1.0}}, {"artifact_sha256": "6"},
+    {"ppm": {"val_loss": 2.0, "val_bpb": 0.9, "seconds": 1.0}},
     {"hardware": None, "settings": []}], ids=str)
 def test_a_record_that_its_log_or_its_checks_contradict_is_refused(record, tmp_path, monkeypatch, change):
     """Sealed again though it is: the seal is nobody's signature."""
@@ -762,6 +906,14 @@ def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypa
         collected(tmp_path, monkeypatch, records, submission_name="Some name / 2")
     with pytest.raises(UsageError, match="made by other code"):
         collected(tmp_path, monkeypatch, contest_records(record, code_sha256="0"), submission_name="x")
+
+    def packs_otherwise(command, env, **_):
+        (Path(env["OUT_DIR"]) / "train_gpt.py").write_bytes(b"other code")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(train_gpt.subprocess, "run", packs_otherwise)
+    with pytest.raises(UsageError, match="does not pack to itself"):
+        collected(tmp_path, monkeypatch, records, submission_name="y")
 
 
 @pytest.mark.parametrize("name, old, new", [

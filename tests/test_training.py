@@ -1,4 +1,5 @@
 """Room 6: warm-up, schedule switches, budget, log lines, averaging and rank independence of the training loop."""
+import contextlib
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_config, tiny_env, tiny_model, torchrun, write_shards
+from test_quantization import on_ranks
 
 import train_gpt
 from train_gpt import GPT, Config, Optimizer, RunStopped, Runtime, TrainData
@@ -400,3 +402,58 @@ def test_two_ranks_see_the_losses_of_one(data_dir, tmp_path, clock):
         for report, one in zip(reports, expected):
             assert report["steps"] == one["steps"]
             assert report["losses"] == pytest.approx(one["losses"], abs=1e-4)
+
+
+def test_after_training_a_signal_ends_the_run_at_once(data_dir):
+    config = tiny_config(data_dir=data_dir, iterations=2)
+    rt = Runtime(config)
+    model, during = GPT(config).to_compute(rt), []
+    train_gpt.train(config, rt, model, lambda *batch: during.append(rt.in_training) or model(*batch),
+                    TrainData(config, rt), lambda: "")
+    assert during == [True, True] and not rt.in_training
+
+
+def test_any_ranks_signal_counts_and_the_clock_is_rank_0s():
+    def work(rt):
+        pulse = train_gpt.Pulse(rt)
+        rt.stop_signal = 15 * (rt.rank == 1)
+        pulse.send(torch.tensor(2.0 + rt.rank), 1.0 + rt.rank)
+        return pulse.read()
+
+    assert on_ranks(2, work) == [(2.5, 1.0, 15.0)] * 2
+
+
+def test_what_has_not_arrived_from_the_device_is_waited_for():
+    waited, pulse = [], object.__new__(train_gpt.Pulse)
+    pulse.host, pulse.arrived = torch.zeros(3), SimpleNamespace(synchronize=lambda: waited.append(True))
+    pulse.read()
+    assert waited
+
+
+def test_a_rank_without_a_gpu_is_told_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(train_gpt.UsageError, match="PyTorch sees 0 GPUs.*DEVICE=cpu"):
+        Runtime(tiny_config(device="cuda"))
+
+
+def test_ranks_must_have_one_mode(monkeypatch):
+    """Or some would train, and wait for others that score."""
+    told = []
+    monkeypatch.setattr(Runtime, "check_alike", lambda self, what, value: told.append((what, value)))
+    Runtime(tiny_config(mode="eval"))
+    assert told == [("MODE", "eval")]
+
+
+def test_attention_never_falls_back_to_the_quadratic_kernel_on_a_gpu(monkeypatch):
+    chosen, kernel = [], torch.nn.attention.SDPBackend
+    monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda kernels, set_priority: chosen.append(
+        kernels) or contextlib.nullcontext())
+    for device in ("cuda", "cpu"):
+        with train_gpt.attention_kernels(SimpleNamespace(device=torch.device(device))):
+            pass
+    fused = [kernel.CUDNN_ATTENTION, kernel.FLASH_ATTENTION]
+    assert chosen == [fused, [*fused, kernel.MATH]]
+
+
+def test_compile_means_what_it_says():
+    assert Runtime(tiny_config(compile="1")).compile and not Runtime(tiny_config()).compile
