@@ -2137,7 +2137,7 @@ def artifact_header(config: Config) -> dict[str, object]:
     """What an artifact says of itself: PACKED_FOR and what is not as its preset has it; no folders, no machine's."""
     preset = Config(**PRESETS[config.preset])
     settings = {name: getattr(config, name) for name in STORED_SETTINGS
-                if name in ("seed", *PACKED_FOR) or getattr(config, name) != getattr(preset, name)}
+                if name in ("seed", *PACKED_FOR) or getattr(preset, name) != getattr(config, name)}
     return {"settings": settings, "compressor": config.compressor}
 
 
@@ -2732,7 +2732,8 @@ class Record:
     def check(self, name: str, ok: bool, detail: str):
         """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
         self.data["checks"].append({"name": name, "ok": bool(ok), "detail": str(detail)})
-        self.rt.log(f"check {name}: {'ok' if ok else 'FAILED'} ({detail})")
+        outcome = "ok" if ok else "FAILED"
+        self.rt.log(f"check {name}: {outcome} ({detail})")
 
     def stage(self, name: str, label: str, scores: Scores):
         """Log and enter a finished evaluation, and check that it scored every target once."""
@@ -2875,12 +2876,12 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
     """Show on the spot that a score is causal (as compiled) and that the model's scores are normalized (as written)."""
     length, rows, vocab = config.eval_seq_len, windows_at_once(config, record.rt), config.vocab_size
     ahead, rng = torch.arange(length + 1, device=val.tokens.device), artifact_rng(record)
-    batches = max(3, windows_to_check(val.targets // config.eval_stride) // (rows * record.rt.world))
+    batches = max(3, windows_to_check(val.targets // config.eval_stride) // (record.rt.world * rows))
     wrong, still = 0, 0.0
     for number in range(batches):
         starts = torch.from_numpy(rng.integers(val.targets - length + 1, size=(rows, 1)))
         tokens = val.tokens[starts.to(ahead) + ahead].long()
-        place = (length // 4, length // 2, length - 2)[number % 3]  # other tokens from here on, some of them BOS
+        place = (length // 2, length // 4, length - 2)[number % 3]  # other tokens from here on, some of them BOS
         other = torch.where((ahead % 3 == 0) & (tokens != 1), 1, (tokens + 1) % vocab)
         # The last target that stays does not stand in the input any more.
         pairs = (tokens, tokens), [torch.where(ahead < begin, tokens, other) for begin in (place, place + 1)]
@@ -3001,10 +3002,14 @@ class SourceStripper(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> ast.stmt:
-        """Keep the preset that the script is packed for, and the constraints that it leaves open."""
+        """Keep the preset that the script is packed for, and the constraints that it leaves open.
+
+        What it is packed for then are the settings with one choice: shorter than their names.
+        """
         name = getattr(node.targets[0], "id", "")
-        if name == "PACKED":
-            node.value = ast.Constant(True)
+        if name in ("PACKED", "PACKED_FOR"):
+            node.value = ast.parse({"PACKED": "True", "PACKED_FOR": "[f.name for f in dataclasses.fields(Config) "
+                                    "if len(f.metadata['choices'] or '') == 1]"}[name], mode="eval").body
         if name in ("PRESETS", "ALIASES"):
             kept = [item for item in zip(node.value.keys, node.value.values)
                     if item[0].value in self.packed_for["preset"]]

@@ -1503,7 +1503,7 @@ def test_windows_that_are_scored_again_are_drawn_from_all(corpus, tmp_path, rt):
     seen = collections.defaultdict(set)
     honest = train_gpt.deviation
     with patched(train_gpt, "deviation", lambda config, model, scores, window: (
-            seen[id(scores)].add(window[0]), honest(config, model, scores, window))[1]):
+            seen[scores].add(window[0]), honest(config, model, scores, window))[1]):
         record = tiny_run(tmp_path, corpus[0], rt, ITERATIONS=1)
     assert record["compliant"] and len(seen) == 3
     for starts in seen.values():
