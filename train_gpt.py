@@ -310,8 +310,8 @@ CONSTRAINTS = (
 )
 
 # How an artifact was made: MODE=eval cannot change it.
-SETTLED_SETTINGS = ("preset", "seed", *(f.name for f in dataclasses.fields(Config) if f.metadata["room"] in
-                                        ("model", "optimizer", "quantization")))
+SETTLED_SETTINGS = ("preset", "seed", "train_batch_tokens", "train_seq_len", *(
+    f.name for f in dataclasses.fields(Config) if f.metadata["room"] in ("model", "optimizer", "quantization")))
 # What an artifact says of itself and brings along; folders and the machine's settings are never its business.
 STORED_SETTINGS = (*SETTLED_SETTINGS, *(f.name for f in dataclasses.fields(Config)
                                         if f.metadata["room"] == "evaluation"))
@@ -1514,13 +1514,13 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
             with rt.pause():
                 rt.log(f"{step}/{config.iterations} {validate()}")
             rt.in_training = not done
-        if done:
-            break
         due = step >= config.recur_start_step if config.recur_start_step else frac >= config.enable_looping_at
-        if not model.looping and config.num_loops and due:
+        if not model.looping and config.num_loops and (done or due):  # the log tells, too, if they never ran
             model.looping = True
             halves = [[v.layer for v in model.schedules[True] if v.push == encoder] for encoder in (True, False)]
             rt.log(f"layer_loop:enabled step:{step} frac:{frac:.3f} encoder:{halves[0]} decoder:{halves[1]}")
+        if done:
+            break
         multiplier = lr_multiplier(config, frac)
         if config.late_qat_threshold and not model.late_qat and multiplier < config.late_qat_threshold:
             model.late_qat = True
@@ -1536,7 +1536,7 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
         rt.log(f"stopping_early: wallclock_cap train_time: {seconds * 1000:.0f}ms step: {step}/{config.iterations}")
     if config.ema_decay or config.swa_every:
         average.apply()
-    model.looping, model.late_qat = config.num_loops > 0, False
+    model.late_qat = False
     return step, seconds
 
 
@@ -1565,8 +1565,9 @@ KEPT_FP16_ELEMENTS = 65536  # tensors (whole banks) of at most so many elements 
 
 
 def small_tensors(model: GPT) -> dict[str, Tensor]:
-    """The parameters of at most 65,536 elements, which stay fp16, on the CPU."""
-    return {name: p.detach().half().cpu() for name, p in model.named_parameters() if p.numel() <= KEPT_FP16_ELEMENTS}
+    """The parameters that are no matrices or have at most 65,536 elements: they stay fp16, on the CPU."""
+    return {name: p.detach().half().cpu() for name, p in model.named_parameters()
+            if not name.endswith(("bank", *TABLES)) or p.numel() <= KEPT_FP16_ELEMENTS}
 
 
 @torch.no_grad()
@@ -2137,7 +2138,7 @@ def artifact_header(config: Config) -> dict[str, object]:
     """What an artifact says of itself: PACKED_FOR and what is not as its preset has it; no folders, no machine's."""
     preset = Config(**PRESETS[config.preset])
     settings = {name: getattr(config, name) for name in STORED_SETTINGS
-                if name in ("seed", *PACKED_FOR) or getattr(preset, name) != getattr(config, name)}
+                if name in ("seed", *PACKED_FOR) or getattr(config, name) != getattr(preset, name)}
     return {"settings": settings, "compressor": config.compressor}
 
 
@@ -2148,7 +2149,7 @@ def prune_to_fit(config: Config, rt: Runtime, tensors: dict[str, Tensor], most_b
     """
     artifact = pack_artifact(tensors, artifact_header(config))
     names = [name[:-2] for name in tensors if name.endswith(".q")]
-    while len(artifact) > most_bytes:
+    while names and len(artifact) > most_bytes:
         places = [(tensors[f"{name}.q"].abs() == 1).nonzero(as_tuple=True) for name in names]
         cost = torch.cat([tensors[f"{name}.scale"][at[:-1]].float().square() for name, at in zip(names, places)])
         if not len(cost):
@@ -2772,8 +2773,8 @@ def record_lines(values: Mapping[str, object]) -> list[str]:
 
 def score_line(result: Mapping[str, float]) -> str:
     """An evaluation in the log's community form."""
-    nats, bpb, seconds = (result[key] for key in ("val_loss", "val_bpb", "seconds"))
-    return f"val_loss:{nats:.8f} val_bpb:{bpb:.8f} eval_time:{1000 * seconds:.0f}ms"
+    loss, bpb, seconds = (result[key] for key in ("val_loss", "val_bpb", "seconds"))
+    return f"val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{seconds * 1000:.0f}ms"
 
 
 def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_000):
@@ -3533,7 +3534,7 @@ def run_training(config: Config, rt: Runtime):
             files = {"final_model.pt": weights_file(model), ARTIFACT_NAME: artifact, "train_gpt.py": code}
             for name, content in files.items() if rt.main else ():
                 write_file(out_dir / name, content)
-            record.check("shards_unchanged", all(rt.gather(data.opened == data.changes())),  # maps show what is written
+            record.check("shards_unchanged", all(rt.gather(data.changes() == data.opened)),  # maps show what is written
                          "the training shards' files since they were opened, on all ranks")
         except Exception:
             with contextlib.suppress(Exception):

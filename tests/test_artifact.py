@@ -635,11 +635,14 @@ def stored_settings(config: Config) -> dict:
     return unpack_artifact(pack_artifact({}, artifact_header(config)))[1]["settings"]
 
 
+OF_OTHER_ROOMS = {"preset", "seed", "train_batch_tokens", "train_seq_len"}
+
+
 def described(config: Config) -> dict:
-    """What an artifact has to remember: model, optimization, quantization, evaluation, preset, seed."""
+    """What an artifact has to remember: model, optimization, quantization, evaluation, preset, seed, batches."""
     rooms = ("model", "optimizer", "quantization", "evaluation")
     return {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
-            if f.metadata["room"] in rooms or f.name in ("preset", "seed")}
+            if f.metadata["room"] in rooms or f.name in OF_OTHER_ROOMS}
 
 
 @pytest.mark.parametrize("env", [
@@ -653,7 +656,7 @@ def test_an_artifact_remembers_its_settings(env):
     stored = stored_settings(config)
     assert described(Config.from_env({"MODE": "eval"}, stored)) == described(config)
     machine = {f.name for f in dataclasses.fields(Config) if f.metadata["room"] in ("run", "data", "collect")}
-    assert not (machine - {"preset", "seed"}) & set(stored)
+    assert not (machine - OF_OTHER_ROOMS) & set(stored)
 
 
 def test_the_artifacts_compressor_is_the_settings():
@@ -856,6 +859,13 @@ def test_pruning_drops_ones_of_small_steps_until_it_fits(rt):
         assert dropped.sum() <= 10 * (size - most + 16)  # Brotli goes up and down by some bytes
     artifact = train_gpt.prune_to_fit(config, rt, {k: t.clone() for k, t in whole.items()}, 10)
     assert len(artifact) > 10 and not (unpack_artifact(artifact)[0]["a.q"].abs() == 1).any(), "all it can do"
+
+
+def test_nothing_to_prune_is_packed_as_it_is(rt):
+    """A model all of whose tensors stay fp16."""
+    whole = {"b": torch.ones(300).half()}
+    artifact = train_gpt.prune_to_fit(tiny_config(QUANTIZER="sdclip"), rt, whole, 10)
+    assert unpack_artifact(artifact)[0]["b"].equal(whole["b"])
 
 
 def test_ranks_agree_on_the_fit(rt):

@@ -189,6 +189,16 @@ def test_environment_may_not_contradict_the_artifact(env):
         Config.from_env(env, {"preset": "smoke", "model_dim": 128})
 
 
+def test_scoring_an_artifact_tells_all_that_it_was_made_with():
+    """The batches of its training, too; MODE=eval would else record the preset's."""
+    made = Config.from_env({"PRESET": "smoke", "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "512"})
+    stored = train_gpt.artifact_header(made)["settings"]
+    alone = Config.from_env({"MODE": "eval"}, stored)
+    assert {**alone.in_force(), "mode": "train"} == {**made.in_force(), "mode": "train"}
+    with pytest.raises(UsageError, match="TRAIN_SEQ_LEN=128, but the artifact was made with 64"):
+        Config.from_env({"MODE": "eval", "TRAIN_SEQ_LEN": "128"}, stored)
+
+
 def test_help_lists_every_variable_with_default_and_meaning(capsys):
     train_gpt.print_help()
     lines = capsys.readouterr().out.splitlines()

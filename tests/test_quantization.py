@@ -684,3 +684,15 @@ def test_the_dequantized_model_is_near_the_original(rt):
     with torch.no_grad():
         logits, again = (m.head(m.hidden(ids)[:, -32:]) for m in (model, restored))
         assert (logits - again).abs().mean() < 0.25 * logits.std()
+
+
+@pytest.mark.parametrize("quantize", ["trellis", "rows"])
+def test_a_large_vector_is_no_matrix(quantize, rt, monkeypatch):
+    """Of 33 layers 1024 wide, `resid_mix` has more than 65,536 elements."""
+    config, model = narrow_model(monkeypatch)
+    monkeypatch.setattr(train_gpt, "KEPT_FP16_ELEMENTS", 10)
+    hessians, sensitivities = calibrated(model)
+    tensors = (TrellisQuantizer(rt, model, hessians, sensitivities).quantize(-9.0) if quantize == "trellis" else
+               train_gpt.quantize_rows(config, rt, model, hessians))
+    assert {name.rpartition(".")[0] for name in tensors if name.endswith(".q")} == {*GPT.BANKS, "embedding"}
+    assert torch.equal(tensors["resid_mix"], model.resid_mix.half())
