@@ -704,9 +704,9 @@ def shard_files(config: Config, split: str) -> list[Path]:
     files = sorted(config.shard_dir.glob(f"fineweb_{split}_*.bin"))
     if not files:
         raise UsageError(f"no fineweb_{split}_*.bin in {config.shard_dir}. {HOW_TO_GET_DATA}")
-    for path in files:
-        if not path.is_file():
-            raise UsageError(f"{path} is no file, or a link to none")
+    others = [path for path in files if not path.is_file()]
+    if others:
+        raise UsageError(f"{others[0]} is no file, or a link to none")
     return files
 
 
@@ -1515,7 +1515,7 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
                 rt.log(f"{step}/{config.iterations} {validate()}")
             rt.in_training = not done
         due = step >= config.recur_start_step if config.recur_start_step else frac >= config.enable_looping_at
-        if not model.looping and config.num_loops and (done or due):  # the log tells, too, if they never ran
+        if not model.looping and config.num_loops and (due or done):  # the log tells, too, if they never ran
             model.looping = True
             halves = [[v.layer for v in model.schedules[True] if v.push == encoder] for encoder in (True, False)]
             rt.log(f"layer_loop:enabled step:{step} frac:{frac:.3f} encoder:{halves[0]} decoder:{halves[1]}")
@@ -2138,7 +2138,7 @@ def artifact_header(config: Config) -> dict[str, object]:
     """What an artifact says of itself: PACKED_FOR and what is not as its preset has it; no folders, no machine's."""
     preset = Config(**PRESETS[config.preset])
     settings = {name: getattr(config, name) for name in STORED_SETTINGS
-                if name in ("seed", *PACKED_FOR) or getattr(config, name) != getattr(preset, name)}
+                if name in ("seed", *PACKED_FOR) or getattr(preset, name) != getattr(config, name)}
     return {"settings": settings, "compressor": config.compressor}
 
 
@@ -2806,10 +2806,11 @@ def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_00
                  f"{wrong[:3]}")
     keys = passage_keys(tokens, val)
     repeated, least = len(keys) - len(np.unique(keys)), (val.bytes / 2 - 256) / passage_distance(val) - 1
-    record.check("split_text", foreign <= 0.1 * seen and repeated <= 0.1 * len(keys)
+    empty = int((val.target_bytes == 0).sum())  # BOS, which else could outnumber what is foreign
+    record.check("split_text", foreign <= 0.1 * seen and empty <= 0.1 * val.targets and repeated <= 0.1 * len(keys)
                  and len(keys) >= least,  # fewer if it has a short period or is hardly any letters
                  f"{foreign} of {seen} tokens stand in documents that encode otherwise, {repeated} of {len(keys)} "
-                 f"passages repeat, and {least:.0f} must be there")
+                 f"passages repeat, {least:.0f} must be there, and {empty} targets are no text")
 
 
 def passage_distance(val: ValidationData) -> int:
@@ -3534,7 +3535,7 @@ def run_training(config: Config, rt: Runtime):
             files = {"final_model.pt": weights_file(model), ARTIFACT_NAME: artifact, "train_gpt.py": code}
             for name, content in files.items() if rt.main else ():
                 write_file(out_dir / name, content)
-            record.check("shards_unchanged", all(rt.gather(data.changes() == data.opened)),  # maps show what is written
+            record.check("shards_unchanged", all(rt.gather(data.opened == data.changes())),  # maps show what is written
                          "the training shards' files since they were opened, on all ranks")
         except Exception:
             with contextlib.suppress(Exception):

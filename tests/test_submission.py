@@ -463,6 +463,17 @@ def test_the_splits_text_must_be_its_tokens_and_not_repeat_itself(record):
         assert outcome(record, "byte_count") and outcome(record, "split_text") == ok
 
 
+@pytest.mark.parametrize("more, ok", [(1000, True), (5000, False)])
+def test_what_is_no_text_may_not_outnumber_what_is_foreign(record, more, ok):
+    """A document that is nothing but BOS encodes to itself: ten for each token, and any tokenizer's tokens passed."""
+    text = np.random.default_rng(0).integers(97, 120, 20_000)
+    val = fake_validation(np.concatenate([[1], text, np.ones(more, int)]), tiny_config())
+    val.target_bytes = (val.tokens[1:] > 1).long()
+    val.bytes, val.tokenizer = 20_000, Characters()
+    train_gpt.check_split(record, val)
+    assert outcome(record, "byte_count") and outcome(record, "split_text") == ok
+
+
 def test_two_million_tokens_of_a_large_split_are_looked_at():
     assert inspect.signature(train_gpt.check_split).parameters["most_tokens"].default == 2_000_000
 
