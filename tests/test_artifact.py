@@ -817,7 +817,7 @@ class FakeQuantizer:
 SIZES = {
     "as expected": lambda bits: 2500 * bits, "more than expected": lambda bits: 3000 * bits + 1500,
     "less": lambda bits: 1500 * bits, "as of Gaussians": lambda bits: 1250 * math.log2(1 + 4 ** bits),
-    "in stairs": lambda bits: 2500 * bits // 4 * 4,
+    "in stairs": lambda bits: 2500 * bits // 3 * 3,  # within the tolerance
     "weights of two kinds": lambda bits: 1500 * bits + 1000 * max(bits - 3, 0)}
 
 
@@ -826,7 +826,7 @@ SIZES = {
 def test_the_artifact_fills_its_target(rt, bytes_at, target):
     quantizer = FakeQuantizer(bytes_at)
     artifact = train_gpt.fit_artifact(tiny_config(), rt, quantizer, target)
-    assert target * (1 - 5e-4) - 5 <= len(artifact) <= target and len(quantizer.bits) <= 12
+    assert target * (1 - 5e-4) <= len(artifact) <= target and len(quantizer.bits) <= 12
     assert same(unpack_artifact(artifact)[0]["noise"], quantizer.quantize(-3.0 - quantizer.bits[-1])["noise"])
 
 
@@ -856,7 +856,7 @@ def test_pruning_drops_ones_of_small_steps_until_it_fits(rt):
         kept = (q.abs() == 1) & ~dropped
         rows = scale[:, None].expand_as(q)
         assert not dropped.any() or rows[dropped].max() <= rows[kept].min()
-        assert dropped.sum() <= 10 * (size - most + 16)  # Brotli goes up and down by some bytes
+        assert dropped.sum() <= 10 * max(size - most, 16 * (most < size))  # Brotli goes up and down by some bytes
     artifact = train_gpt.prune_to_fit(config, rt, {k: t.clone() for k, t in whole.items()}, 10)
     assert len(artifact) > 10 and not (unpack_artifact(artifact)[0]["a.q"].abs() == 1).any(), "all it can do"
 
