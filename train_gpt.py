@@ -513,6 +513,8 @@ class Runtime:
 
     def progress(self, stage: str, items: Sequence) -> Iterator:
         """Yield the items; every 10 s, log how many of them are done and about how long the others will take."""
+        if PACKED:
+            return items
         begin = shown = time.perf_counter()
         for done, item in enumerate(items):
             now = time.perf_counter()
@@ -607,6 +609,23 @@ def end_process(code: int):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+@functools.cache
+def c_library(source: str) -> ctypes.CDLL:
+    """Compile C with the system's compiler and load it; raise UsageError if there is none or it fails."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        raise UsageError("no C compiler: the PATH has no cc, gcc or clang; install one (Debian, Ubuntu: apt-get "
+                         "install gcc libc6-dev)")
+    with tempfile.TemporaryDirectory() as folder:
+        library = f"{folder}/library.so"
+        # Without contraction, products and sums are rounded alike on all machines.
+        done = subprocess.run([compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-xc", "-", "-o", library],
+                              input=source, capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(f"{compiler} cannot compile C: {done.stderr}")
+        return ctypes.CDLL(library)
 
 
 def choose_attention(wanted: str, on_gpu: bool) -> str:
@@ -1647,7 +1666,8 @@ def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: f
     scale = row_scale(w, bits, clip_sigmas).half()
     step = scale.float()  # [..., out, 1]
     factor = error_factor(hessian, damping * mean_diagonal(hessian))
-    integers = round_with_feedback(w, factor, step, lambda y: y.round().clamp(-top, top), block)
+    integers = round_with_feedback(w, factor, step, functools.partial(
+        round_blocks, lambda y: y.round().clamp(-top, top), block=block))
     return integers.to(torch.int8), scale.squeeze(-1)
 
 
@@ -1684,16 +1704,25 @@ def error_factor(hessian: Tensor, damping: Tensor) -> ErrorFactor:
     return ErrorFactor(order, upper.float(), dead)
 
 
-def round_with_feedback(weight: Tensor, factor: ErrorFactor, step: Tensor, choose: Callable[[Tensor], Tensor],
-                        block: int = 128) -> Tensor:
-    """GPTQ's loop over the columns of weight [..., out, in] -> integers of that shape, fp32.
+def round_with_feedback(weight: Tensor, factor: ErrorFactor, step: Tensor, rounding: Callable) -> Tensor:
+    """Round weight [..., out, in] by GPTQ in the factor's order of columns -> integers of that shape, fp32.
 
-    step [..., out or 1, 1 or in] in the weight's own order of columns; `choose` rounds a column [..., out, 1] that is
-    given in steps.
+    step [..., out or 1, 1 or in] in the weight's own order; `rounding` turns columns, the factor's `upper` and steps,
+    [..., out, in], all in its order, into integers: round_blocks with a rule for one column, or round_paths.
     """
     order = factor.order[..., None, :].expand_as(weight)
     w = weight.float().masked_fill(factor.dead[..., None, :], 0).gather(-1, order)
-    step, upper, integers = step.expand_as(w).gather(-1, order), factor.upper, torch.empty_like(w)
+    integers = rounding(w, factor.upper, step.expand_as(w).gather(-1, order))
+    return torch.empty_like(integers).scatter_(-1, order, integers)
+
+
+def round_blocks(choose: Callable[[Tensor], Tensor], w: Tensor, upper: Tensor, step: Tensor,
+                 block: int = 128) -> Tensor:
+    """Round columns w [..., out, in] one after another, each with its errors fed forward; `choose` is given steps.
+
+    To the columns of later blocks all errors of a block are fed at once, by a matrix product.
+    """
+    integers = torch.empty_like(w)
     for begin in range(0, w.size(-1), block):
         end = min(begin + block, w.size(-1))
         part, errors = w[..., begin:end].clone(), torch.empty_like(w[..., begin:end])
@@ -1705,7 +1734,7 @@ def round_with_feedback(weight: Tensor, factor: ErrorFactor, step: Tensor, choos
             part[..., j:] -= error * u[..., j:j + 1, j:]
             integers[..., begin + j:begin + j + 1], errors[..., j:j + 1] = integer, error
         w[..., end:] -= errors @ upper[..., begin:end, end:]
-    return torch.empty_like(integers).scatter_(-1, order, integers)
+    return integers
 
 
 # Trellis-coded quantization (Marcellin and Fischer 1990). A column is coded from top to bottom in paths of TRELLIS_ROWS
@@ -1723,7 +1752,7 @@ MOST_BITS = 6.0  # per weight: finer steps gain nothing that a score could show
 
 def trellis_round(values: Tensor) -> Tensor:
     """Round each row of values [paths, TRELLIS_ROWS], on the CPU, to the nearest path's integers (Viterbi 1967)."""
-    edges = NEXT_STATE.ravel().argsort(kind="stable")  # two lead to each state
+    edges = np.lexsort((np.arange(2 * len(NEXT_STATE)) % 2, NEXT_STATE.ravel()))  # to each state, even and odd index
     source, residue = edges // 2, edges // 2 % 2 + 2 * (edges % 2)  # residue: the integer modulo 4
     y, residues = values.numpy().T[:, None], np.arange(4, dtype=values.numpy().dtype)[:, None]
     nearest = np.rint((y - residues) / 4) * 4 + residues  # [TRELLIS_ROWS, 4, paths]: the nearest of each residue
@@ -1745,10 +1774,77 @@ def trellis_round(values: Tensor) -> Tensor:
 
 def round_columns(y: Tensor) -> Tensor:
     """Round columns [..., out, 1], given in steps, along trellis paths."""
-    rows = y.size(-2)
-    paths = F.pad(y.squeeze(-1), (0, -rows % TRELLIS_ROWS), value=0.5)  # as near to 0 as to 1: any state's cost
-    paths = paths.unflatten(-1, (-1, TRELLIS_ROWS))
-    return trellis_round(paths.flatten(0, -2)).view(paths.shape).flatten(-2)[..., :rows, None]
+    rounded, rows = torch.empty_like(y), y.size(-2)
+    whole = rows - rows % TRELLIS_ROWS  # the last path may be shorter
+    for part, length in ((slice(whole), TRELLIS_ROWS), (slice(whole, rows), max(rows - whole, 1))):
+        paths = y[..., part, 0].unflatten(-1, (-1, length))
+        rounded[..., part, 0] = trellis_round(paths.flatten(0, -2)).view(paths.shape).flatten(-2)
+    return rounded
+
+
+# GPTQ of a matrix, path by path: each column by Viterbi's algorithm, then its errors fed forward; integers take the
+# weights' place. To a state lead the states `from` with an even index and `from ^ 8` with an odd one (see NEXT_STATE).
+TRELLIS_SOURCE = r"""
+#include <math.h>
+void round_matrix(float *w, float *upper, float *step, int rows, int columns) {
+    float cost[2][32], error[4], nearest[128][4];
+    char from[32], odd[128][32];
+    for (int s = 0; s < 32; s++)
+        from[s] = (s ^ s / 16 * 2) % 16 * 2 + s / 16;
+    for (; rows > 0; rows -= 128, w += 128 * columns) {
+        int n = rows < 128 ? rows : 128;
+        for (int j = 0; j < columns; j++) {
+            int s = 0;
+            for (int s = 0; s < 32; s++)
+                cost[0][s] = s ? INFINITY : 0;
+            for (int t = 0; t < n; t++) {
+                float y = w[t * columns + j] / step[j], *before = cost[t % 2], *after = cost[1 - t % 2];
+                for (int r = 0; r < 4; r++) {
+                    float x = nearest[t][r] = rintf((y - r) / 4) * 4 + r;
+                    error[r] = (y - x) * (y - x);
+                }
+                for (int s = 0; s < 32; s++) {
+                    float even = before[from[s]] + error[s / 16], other = before[from[s] ^ 8] + error[s / 16 + 2];
+                    odd[t][s] = other < even;
+                    after[s] = other < even ? other : even;
+                }
+            }
+            for (int i = 0; i < 32; i++)
+                s = cost[n % 2][i] < cost[n % 2][s] ? i : s;
+            for (int t = n; t--; s = from[s] ^ 8 * odd[t][s]) {
+                float *row = w + t * columns, x = nearest[t][s / 16 + 2 * odd[t][s]];
+                float e = (row[j] - x * step[j]) / upper[j * columns + j];
+                for (int k = j; k < columns; k++)
+                    row[k] -= e * upper[j * columns + k];
+                row[j] = x;
+            }
+        }
+    }
+}
+"""
+
+
+def round_paths(w: Tensor, upper: Tensor, step: Tensor) -> Tensor:
+    """Do what round_blocks does with round_columns and one block, to the last bit, in C, PyTorch's threads at a time.
+
+    w, step [matrices, out, in], upper [matrices, in, in], fp32 on the CPU; step the same in all rows of a matrix.
+    Raises UsageError if there is no C compiler.
+    """
+    w, round_matrix = w.clone(), c_library(TRELLIS_SOURCE).round_matrix
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(lambda *arrays: round_matrix(*(ctypes.c_void_p(x.data_ptr()) for x in arrays), *w.shape[1:]),
+                      w, upper.contiguous(), step.contiguous()))
+    return w
+
+
+def trellis_rounding(rt: Runtime) -> Callable:
+    """Return round_paths or, where there is no C compiler, what gives the same bits in a hundred times the time."""
+    try:
+        c_library(TRELLIS_SOURCE)
+        return round_paths
+    except UsageError as error:
+        rt.log(f"trellis: without C, a hundred times slower ({error})")
+        return lambda *ordered: round_blocks(round_columns, *ordered, block=MAX_RAW_BYTES)
 
 
 def column_steps(step: Tensor, columns: Tensor) -> Tensor:
@@ -1772,6 +1868,7 @@ class TrellisQuantizer:
     def __init__(self, rt: Runtime, model: GPT, hessians: dict[str, Tensor], sensitivities: dict[str, Tensor]):
         """Sort out this rank's matrices and find the mean spread of all weights in steps of price 0."""
         self.rt, self.small, self.parts, sites = rt, small_tensors(model), [], model.matrix_sites()
+        self.rounding = round_paths if PACKED else trellis_rounding(rt)
         self.weights, spreads = 0, torch.zeros((), dtype=torch.float64)
         for name, p in model.named_parameters():
             if name in self.small:
@@ -1817,7 +1914,7 @@ class TrellisQuantizer:
                 level = levels.mean(-1, keepdim=True)
                 step = torch.exp2(level + price)
                 columns = (STEPS_PER_OCTAVE * (levels - level)).round_().clamp_(-128, 127).to(torch.int8)
-                integers = round_with_feedback(own, factor, column_steps(step[:, 0], columns), round_columns)
+                integers = round_with_feedback(own, factor, column_steps(step[:, 0], columns), self.rounding)
                 rows = STEPS_PER_OCTAVE * (own.std(-1).clamp_min(1e-30).log2() - step.log2())
                 for whole, part in zip((q, *side), (integers, step, columns, rows.round().clamp(-128, 127))):
                     self.rt.own(whole).copy_(part)
@@ -2556,24 +2653,6 @@ void predict_text(Short *shorts, Page *pages, u64 *used, u64 *history, const int
 """
 
 
-@functools.cache
-def ppm_library() -> ctypes.CDLL:
-    """Compile PPM_SOURCE with the system's C compiler; raise UsageError if there is none or it fails."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        raise UsageError("PPM_ENABLED=1 needs a C compiler, and the PATH has no cc, gcc or clang: install one "
-                         "(Debian, Ubuntu: apt-get install gcc libc6-dev)")
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "ppm.c"), Path(folder, "ppm.so")
-        source.write_text(PPM_SOURCE)
-        # Without contraction, products and sums are rounded alike on all machines.
-        done = subprocess.run([compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-o", library, source],
-                              capture_output=True, text=True)
-        if done.returncode:
-            raise UsageError(f"{compiler} cannot compile the byte mixture: {done.stderr}")
-        return ctypes.CDLL(str(library))
-
-
 class PPM:
     """PPM-D of order 5 over the bytes of a text.
 
@@ -2605,9 +2684,9 @@ class PPM:
         trie, found = self.trie, np.empty(int(self.trie.length[rows].sum()), np.float32)
         siblings = ~np.zeros_like(trie.siblings) if among_all else trie.siblings
         arrays = (self.shorts, self.pages, self.used, self.history, rows, trie.path, trie.byte, siblings, found)
-        ppm_library().predict_text(*(ctypes.c_void_p(x.ctypes.data) for x in arrays), ctypes.c_int(self.table_bits),
-                                   ctypes.c_int(trie.path.shape[1]), ctypes.c_int64(len(rows)),
-                                   ctypes.c_double(PPM_CONFIDENT))
+        c_library(PPM_SOURCE).predict_text(
+            *(ctypes.c_void_p(x.ctypes.data) for x in arrays), ctypes.c_int(self.table_bits),
+            ctypes.c_int(trie.path.shape[1]), ctypes.c_int64(len(rows)), ctypes.c_double(PPM_CONFIDENT))
         return found
 
 
@@ -2958,8 +3037,8 @@ def pack_source(source: bytes, config: Config) -> bytes:
 
 
 FINEWEB_VAL_BYTES = 151_080_891  # 50,000 documents
-PUBLIC_NAMES = {"Config", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact", "SOURCE",
-                "main", "__file__", "__name__"}
+PUBLIC_NAMES = {"Config", "from_env", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact",
+                "SOURCE", "main", "__file__", "__name__"}
 
 
 class SourceStripper(ast.NodeTransformer):
@@ -3045,6 +3124,12 @@ class SourceStripper(ast.NodeTransformer):
 
     visit_IfExp = visit_If
 
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        """Shorten C."""
+        if str(node.value).startswith("\n#include"):
+            node.value = shorten_c(node.value)
+        return node
+
     def visit_arg(self, node: ast.arg) -> ast.arg:
         """Drop the annotation of a parameter."""
         node.annotation = None
@@ -3062,6 +3147,20 @@ class SourceStripper(ast.NodeTransformer):
             ends = [i for i, statement in enumerate(body) if isinstance(statement, ast.Return)]
             node.body = body[:ends[0] + 1 if ends else None] or [ast.Pass()]
         return node
+
+
+C_WORDS = """include math stdint INFINITY rintf void char int float double const static struct typedef enum for if else
+    while return break continue round_matrix predict_text"""  # the last two are what Python calls
+
+
+def shorten_c(source: str) -> str:
+    """C without comments and needless blanks, its own names one or two letters long."""
+    source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
+    source = re.sub(r"(?<=[^\w\s>])\s+|\s+(?=[^\w\s#])", "", source)  # a directive's line ends
+    words = collections.Counter(re.findall(r"\b[a-zA-Z]\w*\b(?<!_t)", source))
+    names = (a + b for a in ("", *string.ascii_letters) for b in string.ascii_letters if a + b not in words)
+    short = {word: next(names) for word in words if len(word) > 2 and word not in C_WORDS.split()}
+    return re.sub(r"\w+", lambda match: short.get(match[0], match[0]), source)
 
 
 def defined_names(node: ast.stmt) -> list[str]:
@@ -3101,25 +3200,57 @@ def drop_unread_settings(tree: ast.Module, packed_for: Mapping[str, tuple]):
                          or line.target.id in packed_for]
 
 
+def shorten_attributes(tree: ast.Module):
+    """Rename attributes and methods of several words that the program's own classes make, to `_` and a letter.
+
+    Kept: models' attributes (names in the artifact), fields, PUBLIC_NAMES, words of any text, and what libraries have.
+    """
+    kept, own, nodes = {*PUBLIC_NAMES}, [], [*ast.walk(tree)]
+    imported = {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
+    for node in nodes:
+        if isinstance(node, ast.Constant):
+            kept.update(re.findall(r"\w+", str(node.value)))
+        if isinstance(node, ast.Attribute) and ast.unparse(node).split(".")[0] in imported:
+            kept.add(node.attr)
+        if isinstance(node, ast.ClassDef):
+            kept.update(line.target.id for line in node.body if isinstance(line, ast.AnnAssign))
+            own += [line.name for line in node.body if isinstance(line, ast.FunctionDef)]
+        if isinstance(node, ast.ClassDef) and "nn.Module" not in map(ast.unparse, node.bases):
+            own += [target.attr for target in ast.walk(node) if isinstance(target, ast.Attribute)
+                    and isinstance(target.ctx, ast.Store) and ast.unparse(target.value) == "self"]
+    own = [name for name in dict.fromkeys(own) if "_" in name.strip("_") and name not in kept]
+    short = dict(zip(own, map("_".__add__, string.ascii_letters)))
+    for node in nodes:
+        for name in {"attr", "name"} & {*node._fields}:  # an attribute's and a function's
+            setattr(node, name, short.get(getattr(node, name), getattr(node, name)))
+
+
 def shorten_names(tree: ast.Module):
     """Rename the program's own variables, functions and classes to one or two letters.
 
     A function's own names, those of functions inside it included, begin with `a` again in every function: what is alike
-    compresses. Kept: attributes, methods, fields, imports, built-ins, PUBLIC_NAMES, and parameters that a call names.
+    compresses. Kept: attributes, methods, fields, imports, built-ins, PUBLIC_NAMES, and in a function the parameters
+    that are named where something of its name, or a variable, is called.
     """
-    kept, spoken, shared = {*dir(builtins), *keyword.kwlist, *PUBLIC_NAMES}, set(), collections.Counter()
+    kept, fields, spoken = {*dir(builtins), *keyword.kwlist, *PUBLIC_NAMES}, set(), collections.defaultdict(set)
     holders = {ast.Name: "id", ast.arg: "arg", ast.FunctionDef: "name", ast.ClassDef: "name", ast.ExceptHandler: "name"}
-    functions = [node for top in tree.body for node in getattr(top, "body", ()) if isinstance(top, ast.ClassDef)]
-    functions = [node for node in (*tree.body, *functions) if isinstance(node, ast.FunctionDef)]
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    functions = [node for top in (tree, *classes) for node in top.body if isinstance(node, ast.FunctionDef)]
+    callees = {node.name for node in (*classes, *functions)}
     local = {id(node) for function in functions for node in ast.walk(function) if node is not function}
+    shared: collections.Counter[str] = collections.Counter()
     for node in ast.walk(tree):
-        if isinstance(node, ast.keyword):
-            spoken.add(node.arg)
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            spoken[name if name in callees or isinstance(node.func, ast.Attribute) else ""] |= {
+                word.arg for word in node.keywords}
         if isinstance(node, ast.alias):
             kept.add((node.asname or node.name).split(".")[0])
+        if isinstance(node, (ast.Global, ast.Nonlocal)):
+            kept.update(node.names)
         for item in node.body if isinstance(node, ast.ClassDef) else ():
             targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", item)]
-            spoken.update(getattr(target, holders.get(type(target), ""), None) for target in targets)
+            fields.update(getattr(target, holders.get(type(target), ""), None) for target in targets)
         if id(node) not in local and getattr(node, holders.get(type(node), ""), None):
             shared[getattr(node, holders[type(node)])] += 1
 
@@ -3131,7 +3262,7 @@ def shorten_names(tree: ast.Module):
                     short[name] = next(fresh)
                 setattr(node, holders[type(node)], short[name])
 
-    everywhere = kept | spoken
+    everywhere = kept | fields
     letters = [c for c in string.ascii_letters if c not in everywhere]
     pairs = ("".join(pair) for pair in itertools.product(string.ascii_letters, repeat=2))
     pairs = (pair for pair in pairs if pair not in everywhere)
@@ -3139,11 +3270,11 @@ def shorten_names(tree: ast.Module):
     for function in functions:
         numbered = (c + digit for digit in string.digits for c in letters)
         nodes = [node for node in ast.walk(function) if node is not function]
-        bound = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        for node in nodes:
-            bound -= {node.arg} if isinstance(node, ast.arg) else {*getattr(node, "names", ())}  # global, nonlocal
+        names = {node.name for node in (function, *nodes) if isinstance(node, ast.FunctionDef)}
+        names |= {node.name for node in classes if function in node.body and function.name == "__init__"}
         nodes.sort(key=lambda node: (getattr(node, "lineno", 0), getattr(node, "col_offset", 0)))
-        rename(nodes, dict(short), itertools.chain(letters, numbered), kept | spoken - bound)
+        rename(nodes, dict(short), itertools.chain(letters, numbered), kept.union(
+            *(spoken[name] for name in {"", *names})))
     rename([node for node in ast.walk(tree) if id(node) not in local], short, pairs, everywhere)
 
 
@@ -3158,6 +3289,7 @@ def strip_source(source: str, **settings: object) -> str:
     tree = SourceStripper(packed_for).visit(ast.parse(source))
     drop_unused(tree)
     drop_unread_settings(tree, packed_for)
+    shorten_attributes(tree)
     shorten_names(tree)
     return join_lines(ast.unparse(tree))
 
@@ -3476,7 +3608,9 @@ def check_folders(config: Config, rt: Runtime):
     unpack_artifact(pack_artifact({}, artifact_header(config)))
     with rt.agree():
         if config.ppm_enabled and rt.main:
-            ppm_library()
+            c_library(PPM_SOURCE)
+        if config.quantizer == "trellis" and config.mode == "train":
+            c_library(TRELLIS_SOURCE) if PACKED else trellis_rounding(rt)
         for name in ("OUT_DIR", "LOG_DIR") if rt.main else ():
             folder = Path(getattr(config, name.lower())).absolute()
             there = next(path for path in (folder, *folder.parents) if path.exists())

@@ -24,6 +24,7 @@ with attention that keeps its inputs and its output, as the fused kernels do. An
 import argparse
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -373,8 +374,8 @@ def table(q: Quantization, *methods: str) -> list[dict]:
     rows = [q.row("sdclip + Brotli", lambda: train_gpt.pack_artifact(
         train_gpt.quantize_rows(q.config, q.rt, q.model, q.hessians), {}))]
     for method in methods:
-        patched = {} if "trellis" in method else {"NEXT_STATE": np.zeros((32, 2), int),
-                                                  "round_columns": lambda y: 2 * (y / 2).round()}
+        plain = functools.partial(train_gpt.round_blocks, lambda y: 2 * (y / 2).round())
+        patched = {} if "trellis" in method else {"NEXT_STATE": np.zeros((32, 2), int), "round_paths": plain}
         kept = {name: getattr(train_gpt, name) for name in patched}
         vars(train_gpt).update(patched)
         try:

@@ -458,16 +458,16 @@ def test_spread_is_the_published_formula(tokenizer, trie, scored):
 
 @pytest.mark.parametrize("found", [None, "false"])
 def test_no_compiler_is_told_clearly(monkeypatch, tmp_path, found):
-    train_gpt.ppm_library.cache_clear()
+    train_gpt.c_library.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path))
     if found:
         (tmp_path / "cc").write_text("#!/bin/sh\necho no headers >&2\nexit 1\n")
         os.chmod(tmp_path / "cc", 0o755)
     with pytest.raises(UsageError, match="no headers" if found else "install"):
-        train_gpt.ppm_library()
+        train_gpt.c_library(train_gpt.PPM_SOURCE)
     monkeypatch.undo()
-    train_gpt.ppm_library.cache_clear()
-    train_gpt.ppm_library()
+    train_gpt.c_library.cache_clear()
+    train_gpt.c_library(train_gpt.PPM_SOURCE)
 
 
 def test_ppm_reads_the_split_once_and_from_the_left(trie, text, monkeypatch):

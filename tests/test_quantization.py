@@ -249,6 +249,37 @@ def test_columns_are_rounded_to_paths(shape):
     assert torch.equal(path_of(rounded.int() >> 1), rounded.int())
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 128, 5), (3, 300, 130), (1, 129, 64)], ids=str)
+def test_paths_in_c_are_those_of_the_plain_way_to_the_last_bit(shape):
+    generator, (matrices, _, columns) = torch.Generator().manual_seed(0), shape
+    w = 3 * torch.randn(shape, generator=generator)
+    w[0, 0, 0] = 0  # as near to 2 as to -2
+    upper = torch.triu(0.1 * torch.randn(matrices, columns, columns, generator=generator))
+    upper.diagonal(dim1=-2, dim2=-1).copy_(0.5 + torch.rand(matrices, columns, generator=generator))
+    step, before = (0.3 + torch.rand(matrices, 1, columns, generator=generator)).expand(shape), w.clone()
+    plain = train_gpt.round_blocks(train_gpt.round_columns, w, upper, step, block=columns)
+    found = train_gpt.round_paths(w, upper.mT.contiguous().mT, step)
+    assert torch.equal(found, plain) and torch.equal(w, before)
+    alone = train_gpt.round_columns((w / step).mT[..., None])[..., 0].mT
+    assert columns == 1 or not torch.equal(found, alone), "errors are fed forward"
+
+
+def test_without_a_compiler_the_same_tensors_come_out(rt, monkeypatch, tmp_path):
+    lines, (_, model) = [], narrow_model(monkeypatch)
+    monkeypatch.setattr(rt, "log", lines.append)
+    hessians, sensitivities = calibrated(model)
+    with_c = TrellisQuantizer(rt, model, hessians, sensitivities)
+    assert with_c.rounding is train_gpt.round_paths and not lines
+    train_gpt.c_library.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    without = TrellisQuantizer(rt, model, hessians, sensitivities)
+    assert len(lines) == 1 and "no C compiler" in lines[0]
+    found = without.quantize(-9.0)
+    monkeypatch.undo()
+    expected = with_c.quantize(-9.0)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def test_steps_are_the_same_bits_everywhere():
     """One rounded product with a quarter octave, then an exact power of two; beyond fp32: 0 or infinity."""
     exponents = torch.arange(-128, 128, dtype=torch.int8)

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -90,8 +91,8 @@ def test_stripped_source_keeps_the_program_and_drops_what_readers_need():
 def test_a_packed_script_holds_what_its_settings_need():
     """Branches of other settings go, and then what nothing refers to any more."""
     default, published = strip_source(SOURCE.decode()), strip_source(SOURCE.decode(), quantizer="sdclip")
-    assert "def gptq_quantize" in published and "viterbi" not in published.lower() and "argmin" not in published
-    assert "def gptq_quantize" not in default and "argmin" in default
+    assert "def gptq_quantize" in published and "round_matrix" not in published
+    assert "def gptq_quantize" not in default and "round_matrix" in default and "argmin" not in default
     embedded = strip_source(SOURCE.decode(), preset="smoke", corpus="embedded")
     assert "SentencePieceTrainer" in embedded and "SentencePieceTrainer" not in default
     assert "matrix_bits" in published and "matrix_bits" not in default, "nothing reads it"
@@ -99,6 +100,42 @@ def test_a_packed_script_holds_what_its_settings_need():
     assert "LZMADecompressor" in strip_source(SOURCE.decode(), compressor="lzma") and "LZMADecompressor" not in default
     for gone in ("Welch", "submission.json", "matplotlib", "NodeTransformer", "author"):
         assert gone not in default, gone
+
+
+def test_attributes_are_renamed_where_nothing_else_is_called_so():
+    program = """
+import os.path as files
+class Config:
+    a_field: int = 1
+    from_env: int = 2
+class Rank(object):
+    def two_words(self, other): self.log_file, self.told_here, other.of_others = 1, 2, 3; return self.inner_one()
+    def inner_one(self): self.is_file = self.a_field = self.word = 4; return files.is_file(self)
+class Model(nn.Module):
+    def a_method(self): self.a_weight = self.two_words
+SOURCE = "told_here's text", Rank.from_env, f"{SOURCE.log_file}", Model.a_method, x.two_words.log_file
+"""
+    tree = ast.parse(program)
+    train_gpt.shorten_attributes(tree)
+    short = ast.unparse(tree)
+    kept = "a_field from_env told_here of_others is_file word a_weight".split()
+    assert all(name in short for name in kept)
+    assert not re.search("two_words|log_file|inner_one|a_method", short)
+    assert "{SOURCE._c}" in short and "Model._d, x._a._c" in short and "return self._b()" in short
+
+
+@pytest.mark.parametrize("source", [train_gpt.TRELLIS_SOURCE, train_gpt.PPM_SOURCE], ids=["trellis", "PPM"])
+def test_short_c_is_the_same_program(source, tmp_path):
+    """To the compiler: it makes the same code of both, but for names that it keeps for other files."""
+    short = train_gpt.shorten_c(source)
+    assert len(short) < 0.6 * len(source) and "/*" not in short
+    assembly = []
+    for text in (source, short):
+        done = subprocess.run(["cc", "-O1", "-fno-toplevel-reorder", "-S", "-xc", "-", "-o", "-"], input=text,
+                              capture_output=True, text=True, check=True)
+        assembly.append([line for line in done.stdout.splitlines() if line.startswith("\t") and line[1] != "."
+                         and "call" not in line])
+    assert assembly[0] == assembly[1] and len(assembly[0]) > 90
 
 
 def test_branches_are_decided_and_blanks_dropped():
@@ -182,7 +219,8 @@ def test_packed_script_computes_the_same(tmp_path):
     packed = load_packed(tmp_path)
     config, other = tiny_config(), packed.Config.from_env({k.upper(): str(int(v) if isinstance(v, bool) else v)
                                                            for k, v in tiny_config().in_force().items()})
-    assert config.in_force() == other.in_force()
+    kept = [field.name for field in dataclasses.fields(packed.Config)]
+    assert len(kept) > 60 and all(getattr(config, name) == getattr(other, name) for name in kept)
     torch.manual_seed(0)
     ours = train_gpt.GPT(config)
     torch.manual_seed(0)
@@ -208,6 +246,7 @@ def test_what_a_packed_script_is_made_for_stands_in_record_and_artifact(
     """Although it is the default there: another script would score the artifact as another model's, and silently."""
     readable = train_gpt.Config.from_env({name: text})
     monkeypatch.setattr(train_gpt, "shorten_names", lambda tree: None)
+    monkeypatch.setattr(train_gpt, "shorten_attributes", lambda tree: None)
     packed = load_packed(tmp_path, strip_source(SOURCE.decode(), **vars(readable)).encode())
     made_by_it = packed.Config.from_env({})
     assert made_by_it.in_force() == readable.in_force() and name.lower() in readable.in_force()
@@ -229,7 +268,7 @@ def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith("train_gpt.py: ")
         assert all(value in done.stderr and value in str(readable.value) for value in values)
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "", "DATA_DIR": "nowhere"})
+                          env={"PATH": os.environ["PATH"], "DATA_DIR": "nowhere"})
     line, value = re.match(r"train_gpt.py: \((\d+), PosixPath\('nowhere/tokenizers/", done.stderr)[1], "no tokenizer at"
     assert done.returncode == 2 and value in SOURCE.decode().splitlines()[int(line) - 1]
 
