@@ -107,7 +107,7 @@ class Config:
     preset: str = _run("pr1541", "named values for other settings", choices=("pr1541", "pr1858", "pr1395",
                                                                                  "pr1517", "smoke"))
     seed: int = _run(1337, "weights and the order of the training data", 0, 2**31 - 1)
-    run_id: str = _run("", "name of the log and the record; empty: preset, seed and time")
+    run_id: str = _run("", "name of the log and the record; empty: preset, seed, time and process")
     out_dir: str = _run("./out", "folder for the weights, the artifact and the packed script")
     log_dir: str = _run("./logs", "folder for the log and the record")
     device: str = _run("auto", "auto: the GPU where there is one", choices=("auto", "cuda", "cpu"))
@@ -285,12 +285,13 @@ class Config:
         return Path(self.tokenizer_path or f"{self.data_dir}/tokenizers/fineweb_{self.vocab_size}_bpe.model")
 
     def in_force(self) -> dict[str, object]:
-        """Settings that differ from the defaults above, and those of PACKED_FOR: what the log and the record show.
+        """Settings that differ from the defaults above or from the preset's, and PACKED_FOR: for log and record.
 
         Folders and what MODE=collect reads are left out: they change no figure, and logs are published.
         """
+        preset = PRESETS[self.preset]
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                if f.name in PACKED_FOR or getattr(self, f.name) != f.default
+                if f.name in PACKED_FOR or {getattr(self, f.name), preset.get(f.name, f.default)} != {f.default}
                 and not f.name.endswith(("_dir", "_path")) and f.metadata["room"] != "collect"}
 
 
@@ -306,7 +307,7 @@ CONSTRAINTS = (
     "micro_batch_tokens == 0 or max(eval_seq_len, train_seq_len * (mode != 'eval')) <= micro_batch_tokens",
     "eval_stride <= eval_seq_len <= ttt_chunk_tokens",
     "max_wallclock_seconds == 0 or gptq_reserve_seconds < max_wallclock_seconds",
-    "run_id.isascii() and all(c.isalnum() or c in '._-' for c in run_id)",
+    "len(run_id) < 200 and run_id.isascii() and all(c.isalnum() or c in '._-' for c in run_id)",
 )
 
 # How an artifact was made: MODE=eval cannot change it.
@@ -878,18 +879,21 @@ def write_shard(path: Path, tokens: np.ndarray):
     """Write tokens in the contest's shard format, under a temporary name until it is whole."""
     header = np.zeros(SHARD_HEADER_BYTES // 4, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    write_file(path, header.tobytes() + tokens.astype("<u2").tobytes())
+    write_files({path: header.tobytes() + tokens.astype("<u2").tobytes()})
 
 
-def write_file(path: Path, data: bytes):
-    """Write a file whole or not at all: an old one stays until the new one is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_files(files: Mapping[Path, bytes]):
+    """Write files whole or not at all: old ones stay until all the new ones are complete."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary[path].write_bytes(data)
+        for path in files:
+            os.replace(temporary[path], path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 def write_embedded_corpus(config: Config):
@@ -917,7 +921,7 @@ def write_embedded_corpus(config: Config):
             eos_id=2, unk_id=3, minloglevel=2)
     except RuntimeError as error:
         raise UsageError(f"CORPUS=embedded: no tokenizer with VOCAB_SIZE={config.vocab_size} ({error})") from error
-    write_file(config.tokenizer, model.getvalue())
+    write_files({config.tokenizer: model.getvalue()})
     sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
     for split, chosen in (("val", documents[2::5]), ("train", [d for i, d in enumerate(documents) if i % 5 != 2])):
         tokens = [token for text in chosen for token in (sp.bos_id(), *sp.encode(text))]
@@ -2789,7 +2793,7 @@ class Record:
         self.data.update(values)
         content = (json.dumps(self.data, indent=2) + "\n").encode()
         if self.rt.main:
-            write_file(self.path, content)
+            write_files({self.path: content})
         for line in record_lines(values):
             self.rt.log(line)
         return content
@@ -3092,13 +3096,20 @@ class SourceStripper(ast.NodeTransformer):
             node.value = ast.parse({"PACKED": "True", "PACKED_FOR": "[f.name for f in dataclasses.fields(Config) "
                                     "if len(f.metadata['choices'] or '') == 1]"}[name], mode="eval").body
         if name in ("PRESETS", "ALIASES"):
-            kept = [item for item in zip(node.value.keys, node.value.values)
-                    if item[0].value in self.packed_for["preset"]]
-            node.value = ast.Dict(*([item[i] for item in kept] for i in (0, 1)))
+            node.value = self.kept_items(node.value, lambda key: key in self.packed_for["preset"])
+        if name == "PRESETS":  # the defaults now are what the script is packed for
+            node.value.values = [self.kept_items(values, lambda key: key not in self.packed_for)
+                                 for values in node.value.values]
         if name == "CONSTRAINTS":
             node.value.elts = [rule for rule in node.value.elts if not all(
                 word in self.packed_for for word in re.findall(r"\w+", rule.value) if hasattr(Config, word))]
         return self.generic_visit(node)
+
+    @staticmethod
+    def kept_items(node: ast.Dict, wanted: Callable[[str], bool]) -> ast.Dict:
+        """The dictionary's items with wanted keys."""
+        kept = [item for item in zip(node.keys, node.values) if wanted(item[0].value)]
+        return ast.Dict(*([item[i] for item in kept] for i in (0, 1)))
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
         """Let calls do what an f-string does with text in its braces: Python 3.12 writes it as 3.11 cannot read it."""
@@ -3523,7 +3534,7 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
     if strangers:
         raise UsageError(f"{folder} holds {', '.join(strangers)} already: remove them or change SUBMISSION_NAME")
     for name, data in files.items():
-        write_file(folder / name, data)
+        write_files({folder / name: data})
     copies = " ".join(str(folder / Path(path).name) for path in config.records.split())
     if read_records(dataclasses.replace(config, records=copies)) != records:
         raise UsageError("RECORDS: another content was read the second time")
@@ -3555,7 +3566,7 @@ def draw_runs(config: Config, records: list[dict]):
     losses.legend()
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120)
-    write_file(Path(config.log_dir) / "results.png", picture.getvalue())
+    write_files({Path(config.log_dir) / "results.png": picture.getvalue()})
 
 
 def collect(config: Config):
@@ -3571,10 +3582,10 @@ def collect(config: Config):
     submission = make_submission(config, records)
     if config.submission_name:
         print(f"{write_submission_folder(config, records, submission)}: ready for a pull request")
-    write_file(Path("submission.json"), (json.dumps(submission, indent=2) + "\n").encode())
+    write_files({Path("submission.json"): (json.dumps(submission, indent=2) + "\n").encode()})
     marked = re.compile(b"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
     if readme.is_file() and marked.search(text := readme.read_bytes()):
-        write_file(readme, marked.sub(lambda _: f"{table}\n".encode(), text))
+        write_files({readme: marked.sub(lambda _: f"{table}\n".encode(), text)})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3589,7 +3600,7 @@ def open_record(config: Config, rt: Runtime, val: ValidationData) -> Record:
                         ("tokenizer", val.tokenizer_sha256)):
         rt.check_alike(what, value)
     torch.manual_seed(config.seed)
-    run_id = config.run_id or time.strftime(f"{config.preset}_seed{config.seed}_%Y%m%d_%H%M%S")
+    run_id = config.run_id or time.strftime(f"{config.preset}_seed{config.seed}_%Y%m%d_%H%M%S_{os.getpid()}")
     rt.open_log(Path(config.log_dir) / f"{run_id}.txt")
     record = Record(config, rt, run_id)
     record.set(val_tokens=val.targets, val_bytes=val.bytes, val_sha256=val.sha256,
@@ -3613,7 +3624,7 @@ def check_folders(config: Config, rt: Runtime):
             c_library(TRELLIS_SOURCE) if PACKED else trellis_rounding(rt)
         for name in ("OUT_DIR", "LOG_DIR") if rt.main else ():
             folder = Path(getattr(config, name.lower())).absolute()
-            there = next(path for path in (folder, *folder.parents) if path.exists())
+            there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
             try:
                 tempfile.TemporaryFile(dir=there).close()
             except OSError as error:
@@ -3666,15 +3677,15 @@ def run_training(config: Config, rt: Runtime):
                     record.stage("prequant_ttt", "pre-quantization post-ttt", validate("prequant_ttt"))
             artifact = make_artifact(config, rt, record, model, data.in_order(1))
             record.set(artifact_seconds=rt.clock() - start)
-            files = {"final_model.pt": weights_file(model), ARTIFACT_NAME: artifact, "train_gpt.py": code}
-            for name, content in files.items() if rt.main else ():
-                write_file(out_dir / name, content)
+            if rt.main:
+                write_files({out_dir / ARTIFACT_NAME: artifact, out_dir / "final_model.pt": weights_file(model),
+                             out_dir / "train_gpt.py": code})
             record.check("shards_unchanged", all(rt.gather(data.opened == data.changes())),  # maps show what is written
                          "the training shards' files since they were opened, on all ranks")
         except Exception:
             with contextlib.suppress(Exception):
                 if rt.main:
-                    write_file(out_dir / "stopped_model.pt", weights_file(model))
+                    write_files({out_dir / "stopped_model.pt": weights_file(model)})
             raise
         stored = rt.gather((out_dir / ARTIFACT_NAME).read_bytes() if rt.main else None)[0]
         if rt.main and stored != artifact:
@@ -3774,7 +3785,7 @@ def run_pack(config: Config):
     """MODE=pack: write the packed script and print its size."""
     code = pack_source(SOURCE, config)
     path = Path(config.out_dir) / "train_gpt.py"
-    write_file(path, code)
+    write_files({path: code})
     print(f"{path}: {len(code)} bytes, SHA-256 {sha256(code)}")
 
 

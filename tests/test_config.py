@@ -103,6 +103,16 @@ def test_whatever_differs_from_its_default_is_shown():
         assert (shown.in_force() == Config().in_force()) == hidden, field.name
 
 
+@pytest.mark.parametrize("preset", train_gpt.PRESETS)
+def test_settings_in_force_make_the_same_settings_again(preset):
+    """What is as the default has it, but not as the preset has it, must be told, too."""
+    made = Config(preset=preset, **train_gpt.PRESETS[preset])
+    for name in {name for name, value in train_gpt.PRESETS[preset].items() if value != getattr(Config, name)}:
+        config = dataclasses.replace(made, **{name: getattr(Config, name)} if name != "data_dir" else {})
+        assert name == "data_dir" or config.in_force()[name] == getattr(Config, name)
+        assert dataclasses.replace(made, **config.in_force()) == config
+
+
 def test_the_defaults_are_the_contests_limits():
     assert Config().target_bytes == train_gpt.SUBMISSION_CAP_BYTES == 16_000_000
     assert Config().max_wallclock_seconds == train_gpt.TRAIN_LIMIT_SECONDS == train_gpt.EVAL_LIMIT_SECONDS == 600

@@ -536,27 +536,29 @@ def test_a_vocabulary_that_the_embedded_corpus_cannot_fill_is_refused(tmp_path):
 
 def test_a_file_is_written_whole(tmp_path):
     path = tmp_path / "new" / "folder" / "file"
-    train_gpt.write_file(path, b"old")
-    train_gpt.write_file(path, b"new")
+    train_gpt.write_files({path: b"old"})
+    train_gpt.write_files({path: b"new"})
     assert path.read_bytes() == b"new" and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("failing", ["write", "replace"])
 def test_an_error_while_writing_leaves_the_old_file(tmp_path, monkeypatch, failing):
+    """Of several files none is new: the first would be there, had it not waited for the second."""
     path = tmp_path / "file"
     path.write_bytes(b"old")
     write_bytes = Path.write_bytes
 
     def half(self, data):
-        write_bytes(self, data[:len(data) // 2])
-        raise OSError("no space left on device")
+        write_bytes(self, data[:len(data) // (1 + ("last" in self.name))])
+        if "last" in self.name:
+            raise OSError("no space left on device")
 
     def refuse(*_):
         raise OSError("no")
 
     monkeypatch.setattr(*((Path, "write_bytes", half) if failing == "write" else (train_gpt.os, "replace", refuse)))
     with pytest.raises(OSError):
-        train_gpt.write_file(path, b"something new")
+        train_gpt.write_files({path: b"something new", tmp_path / "last": b"another"})
     monkeypatch.undo()
     assert contents(tmp_path) == {"file": b"old"}
 
@@ -569,7 +571,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
         with pytest.raises(OSError, match="large"):
-            train_gpt.write_file(path, bytes(5000))
+            train_gpt.write_files({path: bytes(500), tmp_path / "other": bytes(5000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(tmp_path) == {"file": b"old"}

@@ -306,9 +306,13 @@ def test_a_full_disk_loses_no_artifact(runs, tmp_path):
     assert "File too large" in json.loads((tmp_path / "logs" / "run.json").read_text())["stopped"]
 
 
-@pytest.mark.parametrize("name", ["OUT_DIR", pytest.param("LOG_DIR", marks=pytest.mark.slow)])
-def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, name):
+@pytest.mark.parametrize("name, folder", [
+    ("OUT_DIR", "link"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+    ("LOG_DIR", "link/below"), ("OUT_DIR", "file/below"), ("LOG_DIR", "file/below"), ("OUT_DIR", "loop")])])
+def test_a_folder_that_cannot_be_written_is_named_before_any_work(tmp_path, name, folder):
     (tmp_path / "file").write_text("no folder")
-    done = torchrun(0, str(ROOT / "train_gpt.py"), cwd=tmp_path, env={**SMALL, name: "file/below"})
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    done = torchrun(0, str(ROOT / "train_gpt.py"), cwd=tmp_path, env={**SMALL, name: folder})
     assert done.returncode == 2 and f"{name}=" in done.stderr and "cannot be written to" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

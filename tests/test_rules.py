@@ -1420,6 +1420,16 @@ def test_a_distribution_must_add_up_to_one(rt):
         assert record.found == {"causal": True, "normalized": ok}
 
 
+def test_runs_of_one_second_have_names_of_their_own(tmp_path, rt):
+    config = dataclasses.replace(small_config(), log_dir=str(tmp_path), seed=5)
+    val = random_split(400, config)
+    val.tokenizer_sha256 = val.sha256 = ""
+    with log_closed(rt):
+        train_gpt.open_record(config, rt, val)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert len(names) == 2 and re.fullmatch(rf"pr1541_seed5_\d{{8}}_\d{{6}}_{os.getpid()}\.json", names[0]), names
+
+
 def test_earlier_runs_logs_and_records_are_kept(tmp_path, rt, monkeypatch):
     """All of them: the third run's beginning takes nothing from the first."""
     for number in range(3):
@@ -1619,9 +1629,9 @@ def test_the_code_counts_in_the_fit(env, corpus, tmp_path, rt, monkeypatch):
 
 def test_another_runs_artifact_is_not_scored(corpus, tmp_path, rt, monkeypatch):
     """Written to the same folder meanwhile: one run's times and another's scores would make one record."""
-    honest = train_gpt.write_file
-    monkeypatch.setattr(train_gpt, "write_file", lambda path, data: honest(
-        path, data + b"x" if path.name == train_gpt.ARTIFACT_NAME else data))
+    honest = train_gpt.write_files
+    monkeypatch.setattr(train_gpt, "write_files", lambda files: honest(
+        {path: data + b"x" if path.name == train_gpt.ARTIFACT_NAME else data for path, data in files.items()}))
     with pytest.raises(train_gpt.ArtifactError, match="another run has written"):
         tiny_run(tmp_path, corpus[0], rt, ITERATIONS=1)
 

@@ -258,6 +258,18 @@ def test_what_a_packed_script_is_made_for_stands_in_record_and_artifact(
         packed.Config.from_env({}, others)
 
 
+@pytest.mark.parametrize("env", [
+    {"PRESET": "pr1858", "QUANTIZER": "trellis"}, {"PRESET": "smoke", "CORPUS": "shards"},
+    {"PRESET": "pr1517", "SMEAR_GATE_ENABLED": "0", "RECUR_START_STEP": "0", "LATE_QAT_THRESHOLD": "0"}], ids=str)
+def test_what_a_packed_script_is_made_for_needs_no_variable(env, tmp_path, monkeypatch):
+    """Nor does its preset hide it, whose values it overrides: its record would name a quantizer that it has not."""
+    readable = train_gpt.Config.from_env(env)
+    monkeypatch.setattr(train_gpt, "join_lines", lambda code: code)
+    packed = load_packed(tmp_path, strip_source(SOURCE.decode(), **vars(readable)).encode())
+    bare, names = packed.Config.from_env({}), [field.name for field in dataclasses.fields(packed.Config)]
+    assert {name: getattr(bare, name) for name in names} == {name: getattr(readable, name) for name in names}
+
+
 def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
     (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE, train_gpt.Config()))
     for env, values in (({"SEED": "x", "TTT_EPOCH": "1"}, {"SEED", "'x'"}), ({"NUM_HEADS": "7"}, {"NUM_HEADS=7"})):
@@ -784,9 +796,10 @@ def test_what_ran_is_told_from_the_records(record, tmp_path, monkeypatch):
 
 def test_what_is_copied_is_what_was_read(record, tmp_path, monkeypatch):
     """A pipe may give an honest record first and then another."""
-    honest = train_gpt.write_file
-    monkeypatch.setattr(train_gpt, "write_file", lambda path, content: honest(
-        path, content.replace(b'"val_bpb": 1.0', b'"val_bpb": 0.5') if path.name == "1.json" else content))
+    honest = train_gpt.write_files
+    monkeypatch.setattr(train_gpt, "write_files", lambda files: honest(
+        {path: content.replace(b'"val_bpb": 1.0', b'"val_bpb": 0.5') if path.name == "1.json" else content
+         for path, content in files.items()}))
     with pytest.raises(UsageError, match=r"records/\S+/1.json is no record of a run"):
         collected(tmp_path, monkeypatch, contest_records(record), submission_name="x")
 
