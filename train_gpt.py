@@ -154,7 +154,7 @@ class Config:
 
     iterations: int = _optim(20000, "optimizer steps at most", 1, 10**9)
     max_wallclock_seconds: float = _optim(600.0, "budget up to the finished artifact; 0: ITERATIONS decide", 0, 10**6)
-    gptq_reserve_seconds: float = _optim(60.0, "part of the budget left to calibration, GPTQ and packing", 0, 10**6)
+    gptq_reserve_seconds: float = _optim(40.0, "part of the budget left to calibration, GPTQ and packing", 0, 10**6)
     warmup_steps: int = _optim(20, "steps that compile each looping state; their effect is thrown away", 0, 1000)
     train_log_every: int = _optim(500, "steps between two log lines (at most 30 s pass)", 1, 10**9)
     val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only after the last", 0, 10**9)
@@ -189,7 +189,7 @@ class Config:
     prequant_ttt_lr: float = _optim(2.5e-4, "AdamW's learning rate, which falls by a cosine to a tenth", 0, 10)
     prequant_ttt_freeze_blocks: int = _optim(1, "first layers that stay as they are", 0, 64)
 
-    gptq_calibration_batches: int = _quant(64, "batches of training tokens for the Hessians", 1, 10**5)
+    gptq_calibration_batches: int = _quant(64, "batches of TRAIN_BATCH_TOKENS / 8 for the Hessians", 1, 10**5)
     quantizer: str = _quant("trellis", "trellis: fitted to TARGET_BYTES; sdclip: PR #1541's, with the next four",
                             choices=("trellis", "sdclip"))
     target_bytes: int = _quant(16_000_000, "code + artifact at most, with trellis or pruning", 1, 2**30)
@@ -290,8 +290,8 @@ class Config:
         Folders and what MODE=collect reads are left out: they change no figure, and logs are published.
         """
         preset = PRESETS[self.preset]
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
-                if f.name in PACKED_FOR or {getattr(self, f.name), preset.get(f.name, f.default)} != {f.default}
+        return {f.name: value for f in dataclasses.fields(self) for value in (getattr(self, f.name),)
+                if f.name in PACKED_FOR or (value, value) != (f.default, preset.get(f.name, f.default))
                 and not f.name.endswith(("_dir", "_path")) and f.metadata["room"] != "collect"}
 
 
@@ -342,7 +342,7 @@ PRESETS = {
         "parallel_residual_start": 5, "train_seq_len": 128, "eval_seq_len": 128, "rope_train_seq_len": 128,
         "train_batch_tokens": 4096, "iterations": 72, "max_wallclock_seconds": 0.0, "warmup_steps": 1,
         "val_loss_every": 0, "train_log_every": 25, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 40,
-        "ema_decay": 0.93, "gptq_calibration_batches": 4, "target_bytes": 430_000, "eval_stride": 32,
+        "ema_decay": 0.93, "gptq_calibration_batches": 32, "target_bytes": 430_000, "eval_stride": 32,
         "ttt_enabled": True, "ttt_chunk_tokens": 2048,
     },
 }
@@ -514,8 +514,6 @@ class Runtime:
 
     def progress(self, stage: str, items: Sequence) -> Iterator:
         """Yield the items; every 10 s, log how many of them are done and about how long the others will take."""
-        if PACKED:
-            return items
         begin = shown = time.perf_counter()
         for done, item in enumerate(items):
             now = time.perf_counter()
@@ -1598,7 +1596,8 @@ def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -
     """Mean of x x^T over training tokens for every input x of a matrix product: {site: [in, in] fp32}.
 
     A site that the loops visit several times averages over all visits. The embedding's site, `head`, sees the final
-    normalized states. Each rank takes its slice of GPTQ_CALIBRATION_BATCHES global batches, and the sums are added.
+    normalized states. GPTQ_CALIBRATION_BATCHES are an eighth of a global batch each, what one GPU of eight trained on
+    in a step; each rank takes its slice of those global batches, and the sums are added.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -1610,7 +1609,7 @@ def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -
         return F.linear(x, matrix)
 
     model.project = observed  # shadows the method on this one model
-    for number in rt.progress("calibration", range(config.gptq_calibration_batches)):
+    for number in rt.progress("calibration", range(math.ceil(config.gptq_calibration_batches / 8))):
         for inputs, _ in data.batch(number):
             x = model.hidden(inputs)
             observed(x, x[:0, 0], "head")  # no logits are needed: no row of the matrix
@@ -1626,7 +1625,7 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
 
     The mean over training tokens and outputs of the squared gradient of the sequence's loss (nats, a sum) at a token's
     output, summed over a site's visits: by the Fisher information, an error E of a matrix costs about
-    sensitivity / 2 * tr(E H E^T) nats per token. Measured on one in 16 of calibration's batches.
+    sensitivity / 2 * tr(E H E^T) nats per token. Measured on one in eight of the Hessians' global batches.
     """
     sums: dict[str, Tensor] = {}
 
@@ -1642,7 +1641,7 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
 
     tokens, model.project = 0, watched
     model.requires_grad_(False).embedding.requires_grad_(True)  # gradients flow, but none of the matrices' own is made
-    for number in range(0, config.gptq_calibration_batches, 16):
+    for number in range(0, math.ceil(config.gptq_calibration_batches / 8), 8):
         for batch in data.batch(number):
             for ids, targets in zip(*(t.split(-(-len(t) // 4)) for t in batch)):  # not compiled: it takes more room
                 model.nll(ids, targets).sum().backward()
@@ -3060,7 +3059,9 @@ class SourceStripper(ast.NodeTransformer):
                                                    "config": config, "self": types.SimpleNamespace(config=config)}
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        """Put line and values where a sentence stands."""
+        """Put line and values where a sentence stands, and items where their progress is shown."""
+        if getattr(node.func, "attr", "") == "progress":
+            return self.visit(node.args[1])
         told = {"check": 2, "fail": 0, "TypeError": 0, "UsageError": 0, "ArtifactError": 0, "RunStopped": 0}
         place = told.get(getattr(node.func, "attr", getattr(node.func, "id", "")), len(node.args))
         if isinstance(next(iter(node.args[place:]), None), (ast.Constant, ast.JoinedStr)):
@@ -3072,6 +3073,10 @@ class SourceStripper(ast.NodeTransformer):
             alone = len(node.args) == 1 and getattr(node.func, "id", "").endswith("Error")
             node.args[place:place + 1] = [*line, *values] if alone else [ast.Tuple([*line, *values], ast.Load())]
         return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef | None:
+        """Drop what shows progress."""
+        return None if node.name == "progress" else self.generic_visit(node)
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
         """Reduce an annotation to what named tuples and dataclasses accept, and a setting to what is needed."""

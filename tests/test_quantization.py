@@ -473,7 +473,7 @@ def test_dead_inputs_zero_matrices_and_insensitive_sites(rt, monkeypatch):
 @pytest.fixture
 def calibration(tmp_path):
     """Configuration, looping model and data whose training tokens lie below 150, its validation tokens above."""
-    config = tiny_config(DATA_DIR=tmp_path, GPTQ_CALIBRATION_BATCHES=3, MICRO_BATCH_TOKENS=64)
+    config = tiny_config(DATA_DIR=tmp_path, GPTQ_CALIBRATION_BATCHES=17, MICRO_BATCH_TOKENS=64)
     folder = write_shards(tmp_path, vocab_size=150)
     folder.rename(config.shard_dir)
     train_gpt.write_shard(config.shard_dir / "fineweb_val_000000.bin", np.arange(150, 300).repeat(20))
@@ -564,7 +564,7 @@ def by_hand(model: GPT, losses, ids: torch.Tensor) -> collections.Counter:
 def one_sequence_at_a_time(tmp_path):
     """A looping model and few, short training sequences: the smallest micro-batches there are."""
     config = tiny_config(DATA_DIR=tmp_path, TRAIN_SEQ_LEN=8, TRAIN_BATCH_TOKENS=96, MICRO_BATCH_TOKENS=40,
-                         GPTQ_CALIBRATION_BATCHES=17)
+                         GPTQ_CALIBRATION_BATCHES=65)
     write_shards(tmp_path, vocab_size=300)
     model = tiny_model(config)
     model.looping = True
@@ -572,10 +572,10 @@ def one_sequence_at_a_time(tmp_path):
 
 
 def test_sensitivities_are_mean_squared_gradients(one_sequence_at_a_time):
-    """Batches 0 and 16, one sequence after another: the gradient of the sequence's loss at each output."""
+    """Batches 0 and 8, one sequence after another: the gradient of the sequence's loss at each output."""
     config, model, data = one_sequence_at_a_time
     expected, tokens = collections.Counter(), 0
-    for ids, targets in itertools.chain(data.batch(0), data.batch(16)):
+    for ids, targets in itertools.chain(data.batch(0), data.batch(8)):
         for i in range(len(ids)):
             expected.update(by_hand(model, lambda z, t=targets[i]: [F.cross_entropy(z[0], t, reduction="sum")],
                                     ids[i:i + 1]))
