@@ -612,7 +612,7 @@ def end_process(code: int):
 
 @functools.cache
 def c_library(source: str) -> ctypes.CDLL:
-    """Compile C with the system's compiler and load it; raise UsageError if there is none or it fails."""
+    """Compile C with the system's compiler and load it; raise UsageError if there is none, or either fails."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         raise UsageError("no C compiler: the PATH has no cc, gcc or clang; install one (Debian, Ubuntu: apt-get "
@@ -620,11 +620,12 @@ def c_library(source: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/library.so"
         # Without contraction, products and sums are rounded alike on all machines.
-        done = subprocess.run([compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-xc", "-", "-o", library],
-                              input=source, capture_output=True, text=True)
-        if done.returncode:
-            raise UsageError(f"{compiler} cannot compile C: {done.stderr}")
-        return ctypes.CDLL(library)
+        command = [compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-xc", "-", "-o", library]
+        try:
+            subprocess.run(command, input=source, capture_output=True, text=True, check=True)
+            return ctypes.CDLL(library)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise UsageError(f"C is not compiled or not loaded: {getattr(error, 'stderr', error)}") from error
 
 
 def choose_attention(wanted: str, on_gpu: bool) -> str:
@@ -3823,7 +3824,7 @@ def refuse_code_beside():
 
     Python itself and installed packages may lie there: a virtual environment.
     """
-    if __name__ == "__main__" and __spec__:  # Python would take what a file in __pycache__ says the script is
+    if __spec__ and __name__ == "__main__":  # Python would take what a file in __pycache__ says the script is
         raise UsageError("`python -m` may run another script than it reads: name the file")
     script = Path(__file__).resolve()
 
