@@ -1842,12 +1842,12 @@ def round_paths(w: Tensor, upper: Tensor, step: Tensor) -> Tensor:
 
 
 def trellis_rounding(rt: Runtime) -> Callable:
-    """Return round_paths or, where there is no C compiler, what gives the same bits in a hundred times the time."""
+    """Return round_paths or, where there is no C compiler, what gives the same bits in ten times the time."""
     try:
         c_library(TRELLIS_SOURCE)
         return round_paths
     except UsageError as error:
-        rt.log(f"trellis: without C, a hundred times slower ({error})")
+        rt.log(f"trellis: without C, ten times slower ({error})")
         return lambda *ordered: round_blocks(round_columns, *ordered, block=MAX_RAW_BYTES)
 
 
