@@ -189,7 +189,7 @@ class Config:
     prequant_ttt_lr: float = _optim(2.5e-4, "AdamW's learning rate, which falls by a cosine to a tenth", 0, 10)
     prequant_ttt_freeze_blocks: int = _optim(1, "first layers that stay as they are", 0, 64)
 
-    gptq_calibration_batches: int = _quant(64, "batches of TRAIN_BATCH_TOKENS / 8 for the Hessians", 1, 10**5)
+    gptq_calibration_batches: int = _quant(64, "eighths of a batch for the Hessians; rounded up to whole", 1, 10**5)
     quantizer: str = _quant("trellis", "trellis: fitted to TARGET_BYTES; sdclip: PR #1541's, with the next four",
                             choices=("trellis", "sdclip"))
     target_bytes: int = _quant(16_000_000, "code + artifact at most, with trellis or pruning", 1, 2**30)
@@ -300,7 +300,7 @@ CONSTRAINTS = (
     "model_dim % num_heads == 0", "num_heads % num_kv_heads == 0", "embedding_dim in (0, model_dim)",
     "rope_dims % 2 == 0 and rope_dims <= model_dim // num_heads",
     "num_loops == 0 or recur_layers.strip(',') or loop_start <= loop_end < num_layers",
-    "len(layers := f'{recur_layers},{ve_layers}') < 256 and all(i.strip().isdecimal() and int(i) < num_layers for i in "
+    "len(layers := f'{recur_layers},{ve_layers}') < 256 and all(i.isdecimal() and int(i) < num_layers for i in "
     "layers.split(',') if i)",
     "ve_layers == '' or quantizer == 'sdclip'", "selective_pruning_enabled == 0 or quantizer == 'sdclip'",
     "train_batch_tokens % train_seq_len == 0",
@@ -620,7 +620,7 @@ def c_library(source: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/library.so"
         # Without contraction, products and sums are rounded alike on all machines.
-        command = [compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-xc", "-", "-o", library]
+        command = [compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-o", library, "-xc", "-"]
         try:
             subprocess.run(command, input=source, capture_output=True, text=True, check=True)
             return ctypes.CDLL(library)
@@ -1396,7 +1396,7 @@ def lr_multiplier(config: Config, frac: float) -> float:
     return max(left, config.min_lr)
 
 
-def muon_momentum(config: Config, step: int) -> float:
+def momentum_at(config: Config, step: int) -> float:
     """Momentum at `step`: linear from the start value to MUON_MOMENTUM over the warm-up steps."""
     frac = min(step / config.muon_momentum_warmup_steps, 1.0) if config.muon_momentum_warmup_steps else 1.0
     return (1 - frac) * config.muon_momentum_warmup_start + frac * config.muon_momentum
@@ -1549,7 +1549,7 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
             rt.log(f"late_qat:enabled step:{step} frac:{frac:.3f}")
         step_loss = backward_batch(loss_fn, data.batch(step))
         pulse.send(step_loss, time.perf_counter() - rt.paused - begin)
-        optimizer.step(multiplier, muon_momentum(config, step))
+        optimizer.step(multiplier, momentum_at(config, step))
         step += 1
         if config.ema_decay or config.swa_every:
             average.update(step, multiplier)
@@ -1796,7 +1796,7 @@ void round_matrix(float *w, float *upper, float *step, int rows, int columns) {
     for (int s = 0; s < 32; s++)
         from[s] = (s ^ s / 16 * 2) % 16 * 2 + s / 16;
     for (; rows > 0; rows -= 128, w += 128 * columns) {
-        int n = rows < 128 ? rows : 128;
+        int n = rows > 128 ? 128 : rows;
         for (int j = 0; j < columns; j++) {
             int s = 0;
             for (int s = 0; s < 32; s++)
@@ -2239,7 +2239,7 @@ def artifact_header(config: Config) -> dict[str, object]:
     """What an artifact says of itself: PACKED_FOR and what is not as its preset has it; no folders, no machine's."""
     preset = Config(**PRESETS[config.preset])
     settings = {name: getattr(config, name) for name in STORED_SETTINGS
-                if name in ("seed", *PACKED_FOR) or getattr(preset, name) != getattr(config, name)}
+                if name in (*PACKED_FOR, "seed") or getattr(preset, name) != getattr(config, name)}
     return {"settings": settings, "compressor": config.compressor}
 
 
@@ -2961,7 +2961,7 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
     """Show on the spot that a score is causal (as compiled) and that the model's scores are normalized (as written)."""
     length, rows, vocab = config.eval_seq_len, windows_at_once(config, record.rt), config.vocab_size
     ahead, rng = torch.arange(length + 1, device=val.tokens.device), artifact_rng(record)
-    batches = max(3, windows_to_check(val.targets // config.eval_stride) // (record.rt.world * rows))
+    batches = max(3, windows_to_check(val.targets // config.eval_stride) // (rows * record.rt.world))
     wrong, still = 0, 0.0
     for number in range(batches):
         starts = torch.from_numpy(rng.integers(val.targets - length + 1, size=(rows, 1)))
@@ -3279,6 +3279,7 @@ def shorten_names(tree: ast.Module):
                     short[name] = next(fresh)
                 setattr(node, holders[type(node)], short[name])
 
+    kept |= fields & {name for node in tree.body for name in defined_names(node)}  # a function of a setting's name
     everywhere = kept | fields
     letters = [c for c in string.ascii_letters if c not in everywhere]
     pairs = ("".join(pair) for pair in itertools.product(string.ascii_letters, repeat=2))
@@ -3399,7 +3400,7 @@ def is_contest_run(record: Mapping[str, object]) -> bool:
     return (record["mode"] == "train" and record["world_size"] == 8 and record["compliant"] is True
             and record["hardware"].startswith("8x NVIDIA H100 80GB HBM3")
             and abs(record["val_bytes"] - FINEWEB_VAL_BYTES) < 1e-5 * FINEWEB_VAL_BYTES
-            and (record["val_tokens"] == 40_540_802 or "vocab_size" in record["settings"]))
+            and (record["val_tokens"] == 40_540_802 or record["settings"].get("vocab_size", 8192) != 8192))
 
 
 def welch_test(ours: list[float], reference: list[float], margin: float) -> dict[str, object]:
@@ -3753,8 +3754,8 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
         begin, mixture = rt.clock(), ByteShares(rt, val, ByteTrie(val.tokenizer, rt.device), model)
         predicted = ThreadPoolExecutor(1).submit(predict_split, config, mixture) if rt.main else None
     for stage, label, stride in walks:
-        last = config.ppm_enabled and not config.ttt_enabled and stage == walks[-1][0]
-        scores = evaluate(config, rt, mixture if last else nll_fn, val, stride, stage)
+        mixed = mixture if config.ppm_enabled and not config.ttt_enabled and stage == walks[-1][0] else nll_fn
+        scores = evaluate(config, rt, mixed, val, stride, stage)
         record.stage(stage, label, scores)
         chosen = windows(config, val.targets, stride)
         times = len(rt.share(windows_to_check(len(chosen))))

@@ -164,7 +164,8 @@ def pytest_runtestloop(session):
     """Run many tests in as many processes as there are cores; pytest itself shows and counts all reports."""
     config, groups = session.config, groups_of(session.items)
     cores = min(len(os.sched_getaffinity(0)), 4)
-    if config.option.collectonly or config.option.usepdb or len(session.items) < 20 or cores == 1 or session.testsfailed:
+    few = len(session.items) < 20 or cores == 1
+    if few or config.option.collectonly or config.option.usepdb or session.testsfailed:
         return None
     queue, numbers = os.pipe()
     os.write(numbers, b"".join(number.to_bytes(2, "little") for number in range(len(groups))))

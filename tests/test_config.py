@@ -164,7 +164,7 @@ def test_bad_value_names_variable_value_and_what_is_allowed(name, value, allowed
 
 @pytest.mark.parametrize("layers", ["1" * 5000, "1," * 300, "4,        12", "4,00000000012", "3,         4,x", "3, ,4"])
 def test_endless_and_hidden_layers_are_refused(layers):
-    assert "i.strip().isdecimal()" in error_of(RECUR_LAYERS=layers)
+    assert "i.isdecimal()" in error_of(RECUR_LAYERS=layers)
 
 
 def test_all_problems_are_reported_at_once():

@@ -194,9 +194,9 @@ def test_cosine_schedule_ends_at_its_floor():
 
 def test_muon_momentum_warms_up():
     cfg = Config.from_env({})
-    values = [train_gpt.muon_momentum(cfg, step) for step in (0, 300, 750, 1500, 4000)]
+    values = [train_gpt.momentum_at(cfg, step) for step in (0, 300, 750, 1500, 4000)]
     assert values == pytest.approx([0.92, 0.93, 0.945, 0.97, 0.97], abs=1e-9)
-    assert train_gpt.muon_momentum(Config.from_env({"MUON_MOMENTUM_WARMUP_STEPS": "0"}), 0) == 0.97
+    assert train_gpt.momentum_at(Config.from_env({"MUON_MOMENTUM_WARMUP_STEPS": "0"}), 0) == 0.97
 
 
 def test_weight_average():

@@ -1,5 +1,6 @@
 """Room 10: the packed script, the checks, the record, and what is made from records."""
 import ast
+import builtins
 import contextlib
 import copy
 import dataclasses
@@ -10,6 +11,7 @@ import json
 import os
 import re
 import subprocess
+import symtable
 import sys
 import types
 from pathlib import Path
@@ -100,6 +102,26 @@ def test_a_packed_script_holds_what_its_settings_need():
     assert "LZMADecompressor" in strip_source(SOURCE.decode(), compressor="lzma") and "LZMADecompressor" not in default
     for gone in ("Welch", "submission.json", "matplotlib", "NodeTransformer", "author"):
         assert gone not in default, gone
+
+
+def undefined_names(program: str) -> set[str]:
+    """Global names that functions and classes of a program read and nothing defines."""
+    top = symtable.symtable(program, "program", "exec")
+    inner = list(top.get_children())
+    for table in inner:
+        inner.extend(table.get_children())
+    known = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()} | {*dir(builtins)}
+    return {s.get_name() for table in (top, *inner) for s in table.get_symbols()
+            if s.is_global() and s.is_referenced()} - known - {"__file__", "__annotations__"}
+
+
+@pytest.mark.parametrize("preset", train_gpt.PRESETS)
+def test_every_name_in_a_packed_script_is_one_that_it_defines(preset):
+    """Whatever is called like a setting: a function that only training calls would be missed when it is over."""
+    assert undefined_names("import os\ndef f(a): return os, a, len(b)\nclass C:\n def m(d): return f, c") == {"b", "c"}
+    settings = vars(train_gpt.Config.from_env({"PRESET": preset}))
+    assert undefined_names(SOURCE.decode()) == set()
+    assert undefined_names(strip_source(SOURCE.decode(), **settings)) == set()
 
 
 def test_attributes_are_renamed_where_nothing_else_is_called_so():

@@ -123,7 +123,7 @@ def test_the_loop_is_one_step_on_each_batch_in_turn(data_dir):
         loss = model(ids, targets)
         loss.backward()
         losses.append(loss.item())
-        optimizer.step(train_gpt.lr_multiplier(config, step / 5), train_gpt.muon_momentum(config, step))
+        optimizer.step(train_gpt.lr_multiplier(config, step / 5), train_gpt.momentum_at(config, step))
     assert run.losses == losses
 
 
