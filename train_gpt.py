@@ -3258,8 +3258,9 @@ def shorten_names(tree: ast.Module):
     shared: collections.Counter[str] = collections.Counter()
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            spoken[name if name in callees or isinstance(node.func, ast.Attribute) else ""] |= {
+            called = node.args[0] if getattr(node.func, "attr", "") == "partial" else node.func
+            name = getattr(called, "attr", getattr(called, "id", ""))
+            spoken[name if name in callees or isinstance(called, ast.Attribute) else ""] |= {
                 word.arg for word in node.keywords}
         if isinstance(node, ast.alias):
             kept.add((node.asname or node.name).split(".")[0])

@@ -576,6 +576,27 @@ def test_every_presets_packed_script_scores_alike(preset, corpus, tmp_path, rt):
     assert again["code_sha256"] == record["code_sha256"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", SMALL_PRESETS)
+def test_every_presets_packed_script_trains_alike(preset, corpus, tmp_path, rt):
+    """With matrices large enough for both to quantize."""
+    config = tiny_run_config(tmp_path, corpus[0], MODEL_DIM=128, **SMALL_PRESETS[preset], RECUR_START_STEP=2)
+    with log_closed(rt):
+        train_gpt.run_training(config, rt)
+    record = json.loads((tmp_path / "logs" / "run.json").read_text())
+    settings = {name.upper(): str(int(x) if isinstance(x, bool) else x) for name, x in record["settings"].items()
+                if name != "preset"}
+    done = torchrun(0, str(tmp_path / "out" / "train_gpt.py"), cwd=tmp_path, env={
+        **settings, "RUN_ID": "run", "OUT_DIR": "again", "LOG_DIR": "again", "DATA_DIR": str(corpus[0])})
+    assert done.returncode == 0, done.stderr
+    again = json.loads((tmp_path / "again" / "run.json").read_text())
+    assert again["settings"].items() <= record["settings"].items(), "it has none that nothing in it reads"
+    ours, theirs = (train_gpt.unpack_artifact((tmp_path / folder / "final_model.ptz").read_bytes())[0]
+                    for folder in ("out", "again"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert "up_bank.scale" in ours and again["prequant"]["val_loss"] == record["prequant"]["val_loss"]
+
+
 @pytest.mark.parametrize("values, stage", [
     ({}, "ttt"), pytest.param({"TTT_ENABLED": 0}, "sliding", marks=pytest.mark.slow),
     pytest.param({"TTT_ENABLED": 0, "SLIDING_WINDOW_ENABLED": 0}, "quantized", marks=pytest.mark.slow),

@@ -1,6 +1,7 @@
 """Room 10: the packed script, the checks, the record, and what is made from records."""
 import ast
 import builtins
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -122,6 +123,39 @@ def test_every_name_in_a_packed_script_is_one_that_it_defines(preset):
     settings = vars(train_gpt.Config.from_env({"PRESET": preset}))
     assert undefined_names(SOURCE.decode()) == set()
     assert undefined_names(strip_source(SOURCE.decode(), **settings)) == set()
+
+
+def unknown_keywords(program: str) -> list[str]:
+    """Keywords of calls of a program's own functions and classes, partial ones too, that they have no parameter of."""
+    parameters: dict[str, set[str]] = collections.defaultdict(set)
+    for top in ast.parse(program).body:
+        fields = [line.target.id for line in getattr(top, "body", ()) if isinstance(line, ast.AnnAssign)]
+        for node in ast.walk(top):
+            if isinstance(node, ast.FunctionDef):
+                name = top.name if node.name == "__init__" else node.name
+                parameters[name] |= {a.arg for a in (*node.args.args, *node.args.kwonlyargs)}
+                parameters[name] |= {"**"} if node.args.kwarg else set()
+        if isinstance(top, ast.ClassDef):
+            parameters[top.name] |= {*fields}
+    unknown = []
+    for node in ast.walk(ast.parse(program)):
+        if isinstance(node, ast.Call):
+            called = node.args[0] if ast.unparse(node.func) == "functools.partial" else node.func
+            own = parameters.get(called.id if isinstance(called, ast.Name) else getattr(called, "attr", ""), {"**"})
+            if isinstance(called, ast.Name) or ast.unparse(called).startswith("self."):
+                unknown += [ast.unparse(node) for word in node.keywords if word.arg and not {word.arg, "**"} & own]
+    return unknown
+
+
+@pytest.mark.parametrize("env", [*({"PRESET": preset} for preset in train_gpt.PRESETS), {
+    "QUANTIZER": "sdclip", "SELECTIVE_PRUNING_ENABLED": "1", "PPM_ENABLED": "1", "PREQUANT_TTT_ENABLED": "1"}], ids=str)
+def test_parameters_that_are_named_keep_their_names(env):
+    """A call may name them at second hand."""
+    planted = ("def f(a, b=1): pass\ndef g(**c): pass\nclass C(T):\n  d: int\nclass D:\n  def __init__(self, e): pass\n"
+               "f(b=1)\nC(d=2)\nD(e=3)\ng(h=4)\nzeros(i=5)\nfunctools.partial(f, b=6)\n")
+    assert not unknown_keywords(planted) and len(unknown_keywords(planted.replace("b=1): pass", "j=1): pass"))) == 2
+    settings = vars(train_gpt.Config.from_env(env))
+    assert unknown_keywords(SOURCE.decode()) == [] == unknown_keywords(strip_source(SOURCE.decode(), **settings))
 
 
 def test_attributes_are_renamed_where_nothing_else_is_called_so():
