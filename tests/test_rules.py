@@ -1189,7 +1189,8 @@ USERS = {
     + ["score_artifact"] + ["score_mixture"] * 2,
     "start=": ["RansDecoder.__init__", "TrainData.window", "deviation", "evaluate_ttt", "rans_encode", "run_training",
                "score_artifact", "score_windows", "score_windows", "windows"],
-    "PACKED": ["", "Config.from_env", "Runtime.__init__", "causal_attention", "main", "main", "pack_source"]}
+    "PACKED": ["", "Config.from_env", "Runtime.__init__", "TrellisQuantizer.__init__", "causal_attention",
+               "check_folders", "main", "main", "pack_source"]}
 
 
 @pytest.mark.parametrize("place, planted", [
@@ -1944,17 +1945,24 @@ def foreign_needs(source: str) -> set[str]:
 
 
 def test_nothing_outside_is_needed():
-    """An external binary to decode the artifact (#1855), a download, a pickle: the counted code knows none of them."""
+    """An external binary to decode the artifact (#1855), a download, a pickle: the counted code knows none of them.
+
+    It starts one program, a compiler, and that for training alone: `scored_alone` in test_pipeline has no programs.
+    """
     counted = train_gpt.strip_source(SOURCE.decode())
-    assert not foreign_needs(counted)
-    assert foreign_needs(counted + "\nimport subprocess\nimport lrzip") == {"subprocess", "lrzip"}
-    assert foreign_needs(counted + "\nos.popen('lrzip')") == {"os.popen"}
+    assert foreign_needs(counted) == {"subprocess", "ctypes"}
+    assert sum("subprocess.run(" in ast.unparse(top) for top in ast.parse(counted).body) == 1
+    makers = [getattr(top, "name", "") for top in ast.parse(SOURCE).body if "subprocess.run(" in ast.unparse(top)]
+    assert makers == ["c_library", "write_submission_folder"]
+    assert not foreign_needs(train_gpt.strip_source(SOURCE.decode(), quantizer="sdclip"))
+    assert foreign_needs(counted + "\nimport lrzip") == {"subprocess", "ctypes", "lrzip"}
+    assert foreign_needs(counted + "\nos.popen('lrzip')") == {"subprocess", "ctypes", "os.popen"}
 
 
 def test_nothing_but_what_is_named_is_read():
     """The artifact stands alone: which functions of the script open files, and what they open, is known."""
     opening = {"read_bytes", "read_text", "open", "fromfile", "memmap", "load", "loadtxt", "genfromtxt", "from_file",
-               "fdopen", "exec", "exists", "is_file"}
+               "fdopen", "exec", "exists", "is_file", "lexists"}
 
     def opens(node) -> bool:
         function = getattr(node, "func", None)
