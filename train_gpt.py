@@ -620,7 +620,7 @@ def c_library(source: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/library.so"
         # Without contraction, products and sums are rounded alike on all machines.
-        command = [compiler, "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-o", library, "-xc", "-"]
+        command = [compiler, "-O3", "-ffp-contract=off", "-shared", "-fPIC", "-o", library, "-xc", "-"]
         try:
             subprocess.run(command, input=source, capture_output=True, text=True, check=True)
             return ctypes.CDLL(library)
@@ -1792,7 +1792,7 @@ TRELLIS_SOURCE = r"""
 #include <math.h>
 void round_matrix(float *w, float *upper, float *step, int rows, int columns) {
     float cost[2][32], error[4], nearest[128][4];
-    char from[32], odd[128][32];
+    char odd[128][32], from[32];
     for (int s = 0; s < 32; s++)
         from[s] = (s ^ s / 16 * 2) % 16 * 2 + s / 16;
     for (; rows > 0; rows -= 128, w += 128 * columns) {
@@ -1816,7 +1816,7 @@ void round_matrix(float *w, float *upper, float *step, int rows, int columns) {
             for (int i = 0; i < 32; i++)
                 s = cost[n % 2][i] < cost[n % 2][s] ? i : s;
             for (int t = n; t--; s = from[s] ^ 8 * odd[t][s]) {
-                float *row = w + t * columns, x = nearest[t][s / 16 + 2 * odd[t][s]];
+                float *row = w + t * columns, x = nearest[t][2 * odd[t][s] + s / 16];
                 float e = (row[j] - x * step[j]) / upper[j * columns + j];
                 for (int k = j; k < columns; k++)
                     row[k] -= e * upper[j * columns + k];
