@@ -10,7 +10,7 @@ split, from code and weights of at most 16,000,000 bytes, trained in 600 s and s
 The file is read from top to bottom, as the data goes through it; each room uses only the rooms above it.
 
      1  Config        every setting: type, default, range, meaning; presets
-     2  Runtime       ranks, device, collectives, log, progress
+     2  Runtime       ranks, device, collectives, log, progress, compiled C
      3  Data          byte tables, shards, training order, validation split, embedded corpus
      4  Model         virtual layers, rotary attention, lanes, skips, softcapped loss
      5  Optimizer     Newton-Schulz, banked Muon, AdamW, schedules, EMA and SWA
@@ -429,7 +429,7 @@ def assignments(values: Mapping[str, object]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Runtime: ranks, device, collectives, log and progress: what every later room leans on
+# 2. Runtime: ranks, device, collectives, log, progress and compiled C: what every later room leans on
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -615,8 +615,8 @@ def c_library(source: str) -> ctypes.CDLL:
     """Compile C with the system's compiler and load it; raise UsageError if there is none, or either fails."""
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
-        raise UsageError("no C compiler: the PATH has no cc, gcc or clang; install one (Debian, Ubuntu: apt-get "
-                         "install gcc libc6-dev)")
+        raise UsageError("PPM_ENABLED=1 and, packed, QUANTIZER=trellis need a C compiler: the PATH has no cc, gcc or "
+                         "clang; install one (Debian, Ubuntu: apt-get install gcc libc6-dev)")
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/library.so"
         # Without contraction, products and sums are rounded alike on all machines.
@@ -1842,13 +1842,13 @@ def round_paths(w: Tensor, upper: Tensor, step: Tensor) -> Tensor:
 
 
 def trellis_rounding(rt: Runtime) -> Callable:
-    """Return round_paths or, where there is no C compiler, what gives the same bits in ten times the time."""
+    """Return round_paths or, where there is no C compiler, what gives the same bits much more slowly."""
     try:
         c_library(TRELLIS_SOURCE)
         return round_paths
     except UsageError as error:
-        rt.log(f"trellis: without C, ten times slower ({error})")
-        return lambda *ordered: round_blocks(round_columns, *ordered, block=MAX_RAW_BYTES)
+        rt.log(f"trellis: much more slowly, without C ({error})")
+        return lambda w, *others: round_blocks(round_columns, w, *others, block=w.size(-1))
 
 
 def column_steps(step: Tensor, columns: Tensor) -> Tensor:
@@ -3174,7 +3174,7 @@ def shorten_c(source: str) -> str:
     """C without comments and needless blanks, its own names one or two letters long."""
     source = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
     source = re.sub(r"(?<=[^\w\s>])\s+|\s+(?=[^\w\s#])", "", source)  # a directive's line ends
-    words = collections.Counter(re.findall(r"\b[a-zA-Z]\w*\b(?<!_t)", source))
+    words = dict.fromkeys(re.findall(r"\b[a-zA-Z]\w*\b(?<!_t)", source))
     names = (a + b for a in ("", *string.ascii_letters) for b in string.ascii_letters if a + b not in words)
     short = {word: next(names) for word in words if len(word) > 2 and word not in C_WORDS.split()}
     return re.sub(r"\w+", lambda match: short.get(match[0], match[0]), source)
@@ -3541,8 +3541,7 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
     strangers = sorted({path.name for path in folder.glob("*")} - {*files})
     if strangers:
         raise UsageError(f"{folder} holds {', '.join(strangers)} already: remove them or change SUBMISSION_NAME")
-    for name, data in files.items():
-        write_files({folder / name: data})
+    write_files({folder / name: data for name, data in files.items()})
     copies = " ".join(str(folder / Path(path).name) for path in config.records.split())
     if read_records(dataclasses.replace(config, records=copies)) != records:
         raise UsageError("RECORDS: another content was read the second time")
