@@ -1786,42 +1786,39 @@ def round_columns(y: Tensor) -> Tensor:
     return rounded
 
 
-# GPTQ of a matrix, path by path: each column by Viterbi's algorithm, then its errors fed forward; integers take the
+# GPTQ of the rows of one path: each column by Viterbi's algorithm, then its errors fed forward; integers take the
 # weights' place. To a state lead the states `from` with an even index and `from ^ 8` with an odd one (see NEXT_STATE).
 TRELLIS_SOURCE = r"""
 #include <math.h>
-void round_matrix(float *w, float *upper, float *step, int rows, int columns) {
+void round_path(float *w, float *upper, float *step, int rows, int columns) {
     float cost[2][32], error[4], nearest[128][4];
     char odd[128][32], from[32];
     for (int s = 0; s < 32; s++)
         from[s] = (s ^ s / 16 * 2) % 16 * 2 + s / 16;
-    for (; rows > 0; rows -= 128, w += 128 * columns) {
-        int n = rows > 128 ? 128 : rows;
-        for (int j = 0; j < columns; j++) {
-            int s = 0;
-            for (int s = 0; s < 32; s++)
-                cost[0][s] = s ? INFINITY : 0;
-            for (int t = 0; t < n; t++) {
-                float y = w[t * columns + j] / step[j], *before = cost[t % 2], *after = cost[1 - t % 2];
-                for (int r = 0; r < 4; r++) {
-                    float x = nearest[t][r] = rintf((y - r) / 4) * 4 + r;
-                    error[r] = (y - x) * (y - x);
-                }
-                for (int s = 0; s < 32; s++) {
-                    float even = before[from[s]] + error[s / 16], other = before[from[s] ^ 8] + error[s / 16 + 2];
-                    odd[t][s] = other < even;
-                    after[s] = other < even ? other : even;
-                }
+    for (int j = 0; j < columns; j++) {
+        int s = 0;
+        for (int s = 0; s < 32; s++)
+            cost[0][s] = s ? INFINITY : 0;
+        for (int t = 0; t < rows; t++) {
+            float y = w[t * columns + j] / step[j], *before = cost[t % 2], *after = cost[1 - t % 2];
+            for (int r = 0; r < 4; r++) {
+                float x = nearest[t][r] = rintf((y - r) / 4) * 4 + r;
+                error[r] = (y - x) * (y - x);
             }
-            for (int i = 0; i < 32; i++)
-                s = cost[n % 2][i] < cost[n % 2][s] ? i : s;
-            for (int t = n; t--; s = from[s] ^ 8 * odd[t][s]) {
-                float *row = w + t * columns, x = nearest[t][2 * odd[t][s] + s / 16];
-                float e = (row[j] - x * step[j]) / upper[j * columns + j];
-                for (int k = j; k < columns; k++)
-                    row[k] -= e * upper[j * columns + k];
-                row[j] = x;
+            for (int s = 0; s < 32; s++) {
+                float even = before[from[s]] + error[s / 16], other = before[from[s] ^ 8] + error[s / 16 + 2];
+                odd[t][s] = other < even;
+                after[s] = other < even ? other : even;
             }
+        }
+        for (int i = 0; i < 32; i++)
+            s = cost[rows % 2][i] < cost[rows % 2][s] ? i : s;
+        for (int t = rows; t--; s = from[s] ^ 8 * odd[t][s]) {
+            float *row = w + t * columns, x = nearest[t][2 * odd[t][s] + s / 16];
+            float e = (row[j] - x * step[j]) / upper[j * columns + j];
+            for (int k = j; k < columns; k++)
+                row[k] -= e * upper[j * columns + k];
+            row[j] = x;
         }
     }
 }
@@ -1829,15 +1826,15 @@ void round_matrix(float *w, float *upper, float *step, int rows, int columns) {
 
 
 def round_paths(w: Tensor, upper: Tensor, step: Tensor) -> Tensor:
-    """Do what round_blocks does with round_columns and one block, to the last bit, in C, PyTorch's threads at a time.
+    """Do what round_blocks does with round_columns and one block, to the last bit, in C, on all cores.
 
-    w, step [matrices, out, in], upper [matrices, in, in], fp32 on the CPU; step the same in all rows of a matrix.
-    Raises UsageError if there is no C compiler.
+    w, step [matrices, out, in], upper [matrices, in, in], fp32 on the CPU; step the same in all rows of a matrix. The
+    integers take w's place. Raises UsageError if there is no C compiler.
     """
-    w, round_matrix = w.clone(), c_library(TRELLIS_SOURCE).round_matrix
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda *arrays: round_matrix(*(ctypes.c_void_p(x.data_ptr()) for x in arrays), *w.shape[1:]),
-                      w, upper.contiguous(), step.contiguous()))
+    upper, round_path = upper.contiguous(), c_library(TRELLIS_SOURCE).round_path
+    paths = [path for rows in w.split(TRELLIS_ROWS, 1) for path in zip(rows, upper, step)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # C runs without the interpreter's lock
+        list(pool.map(lambda path: round_path(*(ctypes.c_void_p(x.data_ptr()) for x in path), *path[0].shape), paths))
     return w
 
 
@@ -2100,7 +2097,7 @@ class RansDecoder:
 
 def trellis_contexts(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
     """Contexts [matrices, out, in] of the entries of NAME.q where they take even multiples; odd ones have one more."""
-    rows, columns = (tensors[f"{name}.{side}"].numpy().astype(np.int64) for side in ("rows", "columns"))
+    rows, columns = (tensors[f"{name}.{side}"].numpy().astype(np.int16) for side in ("rows", "columns"))
     if rows.shape[:-1] != columns.shape[:-1]:
         raise ArtifactError(f"the rows and columns of {name} are not of as many matrices")
     return 2 * (rows[..., None] - columns[..., None, :] + CLASS_OF_ONE).clip(0, CLASSES - 1)
@@ -3167,7 +3164,7 @@ class SourceStripper(ast.NodeTransformer):
 
 
 C_WORDS = """include math stdint INFINITY rintf void char int float double const static struct typedef enum for if else
-    while return break continue round_matrix predict_text"""  # the last two are what Python calls
+    while return break continue round_path predict_text"""  # the last two are what Python calls
 
 
 def shorten_c(source: str) -> str:

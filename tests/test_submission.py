@@ -95,8 +95,8 @@ def test_a_packed_script_holds_what_its_settings_need():
     """Branches of other settings go, and then what nothing refers to any more."""
     default, published = strip_source(SOURCE.decode()), strip_source(SOURCE.decode(), quantizer="sdclip")
     assert "def gptq_quantize" in published and "viterbi" not in published.lower() and "argmin" not in published
-    assert "round_matrix" not in published
-    assert "def gptq_quantize" not in default and "round_matrix" in default and "argmin" not in default
+    assert "round_path" not in published
+    assert "def gptq_quantize" not in default and "round_path" in default and "argmin" not in default
     embedded = strip_source(SOURCE.decode(), preset="smoke", corpus="embedded")
     assert "SentencePieceTrainer" in embedded and "SentencePieceTrainer" not in default
     assert "matrix_bits" in published and "matrix_bits" not in default, "nothing reads it"
