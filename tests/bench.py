@@ -4,8 +4,14 @@
 the optimizer, in this script's form and (on the CPU) written plainly: one product per matrix, F.rms_norm, whole logits,
 micro-batches of 2048 tokens, as the published script runs on one device. Both in turn, medians of 3, with this
 machine's own matrix product in the same run: quote the ratios. Model FLOPs count the matrix products and attention,
-forward and backward. Then the seconds of what follows training, on random weights. On a GPU it is the full preset, on
-the CPU the model of the README's 200-step run; ranks: `torchrun --standalone --nproc_per_node=2 tests/bench.py speed`.
+forward and backward. `first_step_s` is the first step of its kind, compilation included, `collectives_ms_8` an estimate
+of what 8 GPUs would wait for (see `scaling`). Then the seconds of what follows training, on random weights. On a GPU it
+is the full preset, on the CPU the model of the README's 200-step run; ranks: `torchrun --standalone --nproc_per_node=2
+tests/bench.py speed`.
+
+`scaling` estimates tokens/s of the full preset on 1 to 64 GPUs, 8 to a node, for one global batch (strong) and for a
+batch that grows with them (weak), from the tokens/s of one GPU (--rate; the default is an eighth of PR #1541's before
+looping) and the bytes of the collectives, of which nothing is taken to be hidden. An estimate, not a measurement.
 
 `quantization` packs the trained small model (--weights: final_model.pt of the README's 200-step run; without it, 200
 steps are trained first) by several methods into as many bytes as PR #1541's takes, and measures what is lost:
@@ -168,6 +174,33 @@ class Steps:
         return 6 * (layers * (own + c.train_seq_len * c.model_dim) + c.vocab_size * c.model_dim) / 1e9
 
 
+def collective_seconds(model: GPT, ranks: int) -> float:
+    """What the collectives of a step take if nothing hides them, by rings at 400 GB/s in a node, 50 beyond (estimate).
+
+    The banks' fp32 gradients are reduce-scattered, their bf16 updates gathered, the other gradients all-reduced: a rank
+    sends (ranks - 1) / ranks of the bytes once, once and twice.
+    """
+    numels = {name: p.numel() for name, p in model.named_parameters()}
+    banks = sum(n for name, n in numels.items() if name.endswith("bank"))
+    sent = (ranks - 1) / ranks * ((4 + 2) * banks + 2 * 4 * (sum(numels.values()) - banks))
+    return sent / (400e9 if ranks <= 8 else 50e9)
+
+
+def scaling(rate: float) -> list[dict]:
+    """Tokens/s on several GPUs, estimated from those of one."""
+    config = Config()
+    with torch.device("meta"):
+        model = GPT(config)
+    rows = []
+    for gpus in (1, 2, 4, 8, 16, 64):
+        row = {"gpus": gpus, "collectives_ms": round(1000 * collective_seconds(model, gpus), 2)}
+        for kind, tokens in (("strong", config.train_batch_tokens), ("weak", config.train_batch_tokens // 8 * gpus)):
+            speed = tokens / (tokens / gpus / rate + collective_seconds(model, gpus))
+            row |= {f"{kind}_tokens_per_second": round(speed), f"{kind}_efficiency": round(speed / gpus / rate, 3)}
+        rows.append(row)
+    return rows
+
+
 def matmul_gflops(rt: Runtime) -> float:
     """GFLOP/s of this machine's matrix product in the compute dtype."""
     size = 8192 if rt.device.type == "cuda" else 1024
@@ -182,10 +215,10 @@ def speed(data_dir: str) -> list[dict]:
         forms["plain"] = Steps(PlainGPT, data_dir, MICRO_BATCH_TOKENS="2048")
     rows, (config, rt) = [], (forms["train_gpt"].config, forms["train_gpt"].rt)
     for looping in (False, True):
-        times = {name: [] for name in forms}
-        for form in forms.values():
+        times, first = {name: [] for name in forms}, {}
+        for name, form in forms.items():
             form.model.looping = looping
-            form.step()
+            first[name] = seconds(form.step, rt.clock)
         for _ in range(3):
             for name, form in forms.items():
                 times[name].append(form.step())
@@ -197,6 +230,8 @@ def speed(data_dir: str) -> list[dict]:
                          **{f"{key}_ms": round(1000 * value, 1) for key, value in parts.items()},
                          "gflop_per_token": round(form.gflop_per_token(), 4), "matmul_gflops": round(peak),
                          "share_of_matmul": round(rate * form.gflop_per_token() / peak, 3),
+                         "first_step_s": round(first[name], 2),
+                         "collectives_ms_8": round(1000 * collective_seconds(form.model, 8), 2),
                          "peak_memory_mib": rt.peak_memory_mib()})
     return rows + stages(forms["train_gpt"])
 
@@ -481,12 +516,13 @@ def memory(tokens: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["speed", "quantization", "presets", "memory"])
+    parser.add_argument("what", choices=["speed", "scaling", "quantization", "presets", "memory"])
     parser.add_argument("--data", help="DATA_DIR with SP8192 shards; without it, random tokens")
     parser.add_argument("--weights", type=Path, help="quantization: final_model.pt of the 200-step run")
     parser.add_argument("--full", action="store_true", help="quantization: random weights at full size")
     parser.add_argument("--steps", type=int, default=200, help="presets: optimizer steps")
     parser.add_argument("--logs", type=Path, help="presets: folder for the runs' logs and records")
+    parser.add_argument("--rate", type=float, default=7.40e6 / 8, help="scaling: tokens/s of one GPU")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -494,7 +530,8 @@ def main():
             tokens = torch.randint(3, 8192, (1_000_000,), generator=torch.Generator().manual_seed(0)).numpy()
             train_gpt.write_shard(Path(folder) / "datasets/fineweb10B_sp8192/fineweb_train_000000.bin", tokens)
         data = arguments.data or folder
-        rows = {"speed": lambda: speed(data), "presets": lambda: presets(data, arguments.steps, arguments.logs),
+        rows = {"speed": lambda: speed(data), "scaling": lambda: scaling(arguments.rate),
+                "presets": lambda: presets(data, arguments.steps, arguments.logs),
                 "memory": lambda: [memory(tokens) for tokens in (98304, 49152, 16384, 8192)],
                 "quantization": lambda: full_size() if arguments.full else quantization(data, arguments.weights),
                 }[arguments.what]()
