@@ -2063,7 +2063,7 @@ def rans_encode(chunks: list[np.ndarray], tables: np.ndarray, lanes: int) -> tup
             full = x >> (32 - FREQUENCY_BITS) >= f
             words.append(x[full].astype(np.uint16))
             x = np.where(full, x >> 16, x)
-            state[:len(index)] = (x // f << FREQUENCY_BITS) + x % f + start[index]
+            state[:len(index)] = x + x // f * ((1 << FREQUENCY_BITS) - f) + start[index]  # one division, no rest
     return state, np.concatenate([np.empty(0, np.uint16), *reversed(words)])
 
 
