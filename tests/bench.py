@@ -384,7 +384,7 @@ def coder_overhead(tensors: dict[str, torch.Tensor]) -> float | None:
     ideal, counts = 0.0, collections.defaultdict(collections.Counter)  # for each context
     for name in [k[:-8] for k in tensors if k.endswith(".columns")]:
         q, contexts = tensors[f"{name}.q"].numpy(), train_gpt.trellis_contexts(tensors, name)
-        for pair, n in zip(*np.unique((contexts + (q & 1) << 32) + (q >> 1), return_counts=True)):
+        for pair, n in zip(*np.unique((contexts.astype(np.int64) + (q & 1) << 32) + (q >> 1), return_counts=True)):
             counts[pair + 2**31 >> 32][pair] += n
     for histogram in counts.values():
         n = np.array(list(histogram.values()))
