@@ -23,6 +23,13 @@ The file is read from top to bottom, as the data goes through it; each room uses
 """
 from __future__ import annotations
 
+import os
+import sys
+
+PACKED = False  # True in the packed script, which does without what stands under it
+if not PACKED and __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
+    del sys.path[0]  # what lies beside the script is not counted, and so not imported
+
 import ast
 import builtins
 import collections
@@ -40,7 +47,6 @@ import keyword
 import lzma
 import math
 import mmap
-import os
 import platform
 import re
 import resource
@@ -49,14 +55,12 @@ import signal
 import string
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 import types
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
 from pathlib import Path
 from pydoc_data.topics import topics as documentation  # 0.5 MB of text that every Python has
 from typing import NamedTuple
@@ -76,7 +80,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 SOURCE = Path(__file__).read_bytes()  # as it stood when the run began: what is packed, hashed and counted
-PACKED = False  # True in the packed script, which does without what stands under it
+RUNNING = sys._getframe(PACKED).f_code  # what Python has made of the script, or of the packed one around this
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. Config: every setting, in the order of the rooms that read it. A field's variable is its name in capitals.
@@ -119,7 +123,8 @@ class Config:
     data_dir: str = _data("./data", "folder with datasets/ and tokenizers/")
     data_path: str = _data("", "folder with the shards; empty: DATA_DIR/datasets/fineweb10B_sp{VOCAB_SIZE}")
     tokenizer_path: str = _data("", "empty: DATA_DIR/tokenizers/fineweb_{VOCAB_SIZE}_bpe.model")
-    corpus: str = _data("shards", "embedded: put Python's documentation there", choices=("shards", "embedded"))
+    corpus: str = _data("shards", "embedded: put Python's documentation there, unless shards are there",
+                        choices=("shards", "embedded"))
     train_batch_tokens: int = _data(786432, "tokens of one optimizer step, over all ranks", 1, 2**30)
     train_seq_len: int = _data(2048, "tokens of one training sequence", 8, 2**17)
 
@@ -232,8 +237,9 @@ class Config:
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         problems, given, base = [], {}, {}
         if ALIASES:
-            meant = ALIASES.get(env.get("PRESET"), {})
-            problems += [UsageError(f"{name} means {meant[name]} with PRESET={env['PRESET']}: set one of them")
+            preset = env.get("PRESET", (stored or {}).get("preset", cls.preset))
+            meant = ALIASES.get(preset, {})
+            problems += [UsageError(f"{name} means {meant[name]} with PRESET={preset}: set one of them")
                          for name in meant if name in env and meant[name] in env]
             env = {meant.get(name, name): text for name, text in env.items()}
         if not PACKED:  # which does without settings that nothing in it reads
@@ -314,8 +320,8 @@ CONSTRAINTS = (
 SETTLED_SETTINGS = ("preset", "seed", "train_batch_tokens", "train_seq_len", *(
     f.name for f in dataclasses.fields(Config) if f.metadata["room"] in ("model", "optimizer", "quantization")))
 # What an artifact says of itself and brings along; folders and the machine's settings are never its business.
-STORED_SETTINGS = (*SETTLED_SETTINGS, *(f.name for f in dataclasses.fields(Config)
-                                        if f.metadata["room"] == "evaluation"))
+STORED_SETTINGS = (*SETTLED_SETTINGS, "corpus", *(f.name for f in dataclasses.fields(Config)
+                                                  if f.metadata["room"] == "evaluation"))
 # Settings that decide what code a run needs: the packed script is made for the run's values of them, and
 # record and artifact name all of these, for in the packed script they are the defaults.
 PACKED_FOR = ("preset", "corpus", "quantizer", "compressor", "parallel_residual", "smear_gate_enabled", "ve_layers",
@@ -433,8 +439,11 @@ def assignments(values: Mapping[str, object]) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class RunStopped(Exception):
-    """The run ends before its end; what it had is saved. args: (what happened, exit code)."""
+class RunStopped(BaseException):
+    """The run ends before its end; what it had is saved. args: (what happened, exit code).
+
+    No Exception: a library that makes errors of its own from those must not take a signal for one.
+    """
 
 
 def check_launcher(env: Mapping[str, str]):
@@ -588,7 +597,7 @@ class Runtime:
         """Name the devices of all ranks, e.g. `8x NVIDIA H100 80GB HBM3`."""
         if self.device.type == "cuda":
             return f"{self.world}x {torch.cuda.get_device_name()}"
-        return f"{self.world}x CPU rank, {os.cpu_count()} cores ({platform.machine()})"
+        return f"{self.world}x CPU rank, {len(os.sched_getaffinity(0))} cores ({platform.machine()})"
 
     def end(self):
         """End this rank's process once all ranks have come here; does not return."""
@@ -613,7 +622,7 @@ def end_process(code: int):
 @functools.cache
 def c_library(source: str) -> ctypes.CDLL:
     """Compile C with the system's compiler and load it; raise UsageError if there is none, or either fails."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if not compiler:
         raise UsageError("PPM_ENABLED=1 and, packed, QUANTIZER=trellis need a C compiler: the PATH has no cc, gcc or "
                          "clang; install one (Debian, Ubuntu: apt-get install gcc libc6-dev)")
@@ -622,7 +631,8 @@ def c_library(source: str) -> ctypes.CDLL:
         # Without contraction, products and sums are rounded alike on all machines.
         command = [compiler, "-O3", "-ffp-contract=off", "-shared", "-fPIC", "-o", library, "-xc", "-"]
         try:
-            subprocess.run(command, input=source, capture_output=True, text=True, check=True)
+            subprocess.run(command, input=source, capture_output=True, text=True, check=True, env={
+                name: value for name, value in os.environ.items() if name in ("PATH", "TMPDIR")})  # no other headers
             return ctypes.CDLL(library)
         except (OSError, subprocess.CalledProcessError) as error:
             raise UsageError(f"C is not compiled or not loaded: {getattr(error, 'stderr', error)}") from error
@@ -2195,8 +2205,6 @@ def unpack_artifact(data: bytes) -> tuple[dict[str, Tensor], dict[str, object]]:
         raise ArtifactError("the artifact is damaged: its checksum does not fit (truncated or altered)")
     try:
         return read_body(data[ARTIFACT_BODY:], head_bytes)
-    except RunStopped:  # a signal, no fault of the file
-        raise
     except Exception as error:  # whatever a foreign file makes the libraries raise
         raise ArtifactError(f"the artifact cannot be read: {error!r}") from error
 
@@ -2781,7 +2789,7 @@ class Record:
         self.rt, self.path = rt, Path(config.log_dir) / f"{run_id}.json"
         self.data = {**dict.fromkeys(self.KEYS), "checks": []}
         self.set(run_id=run_id, mode=config.mode, preset=config.preset, seed=config.seed,
-                 settings=config.in_force(), date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                 settings=config.in_force(), date=time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime()),
                  hardware=rt.hardware(), world_size=rt.world, python=platform.python_version(),
                  torch=torch.__version__, attention_backend=rt.attention, source_sha256=sha256(SOURCE))
 
@@ -3011,7 +3019,8 @@ def final_checks(record: Record, config: Config, val: ValidationData):
     if used is not None:
         record.check("train_seconds", used <= TRAIN_LIMIT_SECONDS,
                      f"training {data['train_seconds']:.1f} + calibration {data['calibration_seconds']:.1f} + "
-                     f"quantization {data['quantize_seconds']:.1f}: {used:.1f} s of {TRAIN_LIMIT_SECONDS} in all")
+                     f"quantization {data['quantize_seconds']:.1f}, with what lies between {used:.1f} s of "
+                     f"{TRAIN_LIMIT_SECONDS}")
     record.check("eval_seconds", data["eval_seconds"] <= EVAL_LIMIT_SECONDS,
                  f"{data['eval_seconds']:.1f} s of {EVAL_LIMIT_SECONDS}")
     record.check("total_bytes", data["total_bytes"] <= SUBMISSION_CAP_BYTES,
@@ -3095,9 +3104,9 @@ class SourceStripper(ast.NodeTransformer):
         What it is packed for then are the settings with one choice: shorter than their names.
         """
         name = getattr(node.targets[0], "id", "")
-        if name in ("PACKED", "PACKED_FOR"):
-            node.value = ast.parse({"PACKED": "True", "PACKED_FOR": "[f.name for f in dataclasses.fields(Config) "
-                                    "if len(f.metadata['choices'] or '') == 1]"}[name], mode="eval").body
+        if name == "PACKED_FOR":
+            node.value = ast.parse("[f.name for f in dataclasses.fields(Config) if len(f.metadata['choices'] or '') "
+                                   "== 1]", mode="eval").body
         if name in ("PRESETS", "ALIASES"):
             node.value = self.kept_items(node.value, lambda key: key in self.packed_for["preset"])
         if name == "PRESETS":  # the defaults now are what the script is packed for
@@ -3137,6 +3146,10 @@ class SourceStripper(ast.NodeTransformer):
         return node.body if taken else node.orelse
 
     visit_IfExp = visit_If
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """Put the value of PACKED where it is read."""
+        return ast.Constant(True) if node.id == "PACKED" and isinstance(node.ctx, ast.Load) else node
 
     def visit_Constant(self, node: ast.Constant) -> ast.Constant:
         """Shorten C."""
@@ -3363,8 +3376,9 @@ def compress_source(source: bytes, settings: tuple[tuple[str, object], ...]) -> 
     literal = packed.decode("latin1").replace("\\", r"\\").replace("\r", r"\r")
     literal = re.sub(r'"(?="|\Z)', r'\"', literal)
     literal = re.sub("\0(?=[0-7])", r"\\x00", literal).replace("\0", r"\0")
-    program = (f'import brotli,linecache\ns=brotli.decompress("""{literal}""".encode("latin1")).decode()\nf="unpacked_"'
-               '+__name__\nlinecache.cache[f]=len(s),None,s.splitlines(True),f\nexec(compile(s,f,"exec"))\n')
+    program = ('import sys\nif __name__=="__main__":del sys.path[0]\n'
+               f'import brotli,linecache\ns=brotli.decompress("""{literal}""".encode("l1")).decode()\nf="packed"\n'
+               'linecache.cache[f]=0,None,s.splitlines(True),f\nexec(compile(s,f,"exec"))\n')
     return PACKED_FIRST_LINE + program.encode("latin1")
 
 
@@ -3610,7 +3624,7 @@ def open_record(config: Config, rt: Runtime, val: ValidationData) -> Record:
     record.set(val_tokens=val.targets, val_bytes=val.bytes, val_sha256=val.sha256,
                tokenizer_sha256=val.tokenizer_sha256)
     if ALIASES:
-        for name, meant in ALIASES.get(os.environ.get("PRESET"), {}).items():
+        for name, meant in ALIASES.get(config.preset, {}).items():
             rt.log(f"{name} means {meant} in {config.preset}")
     return record
 
@@ -3686,7 +3700,7 @@ def run_training(config: Config, rt: Runtime):
                              out_dir / "train_gpt.py": code})
             record.check("shards_unchanged", all(rt.gather(data.opened == data.changes())),  # maps show what is written
                          "the training shards' files since they were opened, on all ranks")
-        except Exception:
+        except BaseException:
             with contextlib.suppress(Exception):
                 if rt.main:
                     write_files({out_dir / "stopped_model.pt": weights_file(model)})
@@ -3712,8 +3726,7 @@ def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data:
         artifact = prune_to_fit(config, rt, tensors, most_bytes) if rt.main else b""
     times.append(rt.clock())
     calibration, quantization = np.diff(times).tolist()
-    rt.log(f"calibration {calibration:.1f}s + quantization and packing {quantization:.1f}s = "
-           f"{times[-1] - times[0]:.1f}s, GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g}")
+    rt.log(f"{times[-1] - times[0]:.1f}s of GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g} used")
     record.set(calibration_seconds=calibration, quantize_seconds=quantization)
     return artifact
 
@@ -3817,13 +3830,13 @@ def read_config(env: Mapping[str, str]) -> Config:
     return config
 
 
-def refuse_code_beside():
-    """Raise UsageError if a module came from the script's folder, uncounted; block later imports from there.
+def check_code():
+    """Raise UsageError if the code that runs is not the script's, or a module came from its folder, uncounted.
 
-    Python itself and installed packages may lie there: a virtual environment.
+    Later imports from there are blocked. Python itself and installed packages may lie there: a virtual environment.
     """
-    if __spec__ and __name__ == "__main__":  # Python would take what a file in __pycache__ says the script is
-        raise UsageError("`python -m` may run another script than it reads: name the file")
+    if compile(SOURCE, __file__, "exec") != RUNNING:  # read from a pipe, from __pycache__, or exchanged meanwhile
+        raise UsageError(f"{__file__} does not hold the code that runs: start it again, by the name of its file")
     script = Path(__file__).resolve()
 
     def beside(path: Path) -> bool:
@@ -3833,9 +3846,6 @@ def refuse_code_beside():
     sys.path[:] = [path for path in sys.path if not beside(Path(path).resolve())]
     files = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
     files = {file.resolve() for file in files if file.is_absolute()}  # PyTorch has invented relative ones
-    # A file of a module's name may have put the real module in its own place.
-    files |= {path for path in script.parent.iterdir() if path.name.partition(".")[0] in sys.modules
-              and (path.suffix in (".py", ".pyc", ".so") or (path / "__init__.py").is_file())}
     strangers = sorted(str(file) for file in files - {script} if beside(file))
     if strangers:
         raise UsageError(f"{', '.join(strangers)}: imported from the script's folder, not counted")
@@ -3854,7 +3864,7 @@ def main():
     """Do what MODE says; bad input ends in one clear message and exit code 2, before any work."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic scores
     try:
-        refuse_code_beside()
+        check_code()
         config = read_config(os.environ)
         if not PACKED and config.mode == "help":
             return print_help()
@@ -3870,7 +3880,7 @@ def main():
     except RunStopped as error:
         fail(*error.args)
     except OSError as error:
-        fail(f"{error}; the files that were there before are as they were", 1)
+        fail(f"{error}; files are written whole or not at all", 1)
     except (UsageError, ArtifactError) as error:
         fail(str(error), 2)
     except torch.OutOfMemoryError as error:

@@ -635,7 +635,7 @@ def stored_settings(config: Config) -> dict:
     return unpack_artifact(pack_artifact({}, artifact_header(config)))[1]["settings"]
 
 
-OF_OTHER_ROOMS = {"preset", "seed", "train_batch_tokens", "train_seq_len"}
+OF_OTHER_ROOMS = {"preset", "seed", "corpus", "train_batch_tokens", "train_seq_len"}
 
 
 def described(config: Config) -> dict:

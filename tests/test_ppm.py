@@ -470,6 +470,16 @@ def test_no_compiler_is_told_clearly(monkeypatch, tmp_path, found):
     train_gpt.c_library(train_gpt.PPM_SOURCE)
 
 
+def test_c_is_compiled_with_the_systems_own_headers(monkeypatch, tmp_path):
+    """CPATH and the like could put another PPM into the C as it is read, and no check would see it."""
+    train_gpt.c_library.cache_clear()
+    (tmp_path / "math.h").write_text("#error another header\n")
+    for name in ("CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.setenv(name, str(tmp_path))
+    train_gpt.c_library(train_gpt.PPM_SOURCE)
+    train_gpt.c_library.cache_clear()
+
+
 def test_ppm_reads_the_split_once_and_from_the_left(trie, text, monkeypatch):
     """In pieces as in one: nothing is learned beforehand, and none of what comes later."""
     rows = trie.rows(text[:-1], text[1:]).numpy().astype(np.int32)[:1500]

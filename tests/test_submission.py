@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import os
+import py_compile
 import re
 import subprocess
 import symtable
@@ -357,57 +358,78 @@ def test_the_packed_script_packs_itself_and_refuses_what_it_is_not_packed_for(tm
     assert (tmp_path / "made" / "train_gpt.py").read_bytes() == code
 
 
-@pytest.mark.parametrize("name, early", [
-    ("brotli.py", True), ("flash_attn_interface.py", False),
-    *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("difflib.py", "difflib/__init__.py"))])
-def test_code_beside_the_script_is_refused(tmp_path, name, early):
-    """It would run, and not be counted."""
-    (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE, train_gpt.Config()) if early else SOURCE)
+UNCOUNTED = {
+    "brotli.py": "print('uncounted')",
+    "difflib/__init__.py": "print('uncounted')",
+    "opt_einsum.py": "print('uncounted')\nraise ImportError",  # PyTorch does without it, and leaves no trace of it
+    "numpy.py": "import os, sys\nprint('uncounted')\ndel sys.modules['numpy']\nsys.path.remove(os.path.dirname("
+                "os.path.abspath(__file__)))\nimport numpy",  # the real one takes its place
+}
+
+
+@pytest.mark.parametrize("packed, name", [
+    *((True, name) for name in UNCOUNTED), (False, "opt_einsum.py"),
+    *(pytest.param(False, name, marks=pytest.mark.slow) for name in UNCOUNTED if name != "opt_einsum.py")])
+def test_code_beside_the_script_is_not_run(tmp_path, packed, name):
+    """It would not be counted. A text or a folder of a module's name lies there, too, and does no harm."""
+    (tmp_path / "train_gpt.py").write_bytes(pack_source(SOURCE, train_gpt.Config()) if packed else SOURCE)
     (tmp_path / name).parent.mkdir(exist_ok=True)
-    text = {"difflib": Path(difflib.__file__).read_text(), "brotli": "import os, sys\ndel sys.modules['brotli']\n"
-            "sys.path.remove(os.path.dirname(os.path.abspath(__file__)))\nimport brotli  # the real one takes its place"
-            }.get(name[:-3].split("/")[0], "print('uncounted')")
-    (tmp_path / name).write_text(text)
-    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "", **({"MODE": "help"} if early else {"ATTENTION": "fa3", "PRESET": "smoke"})})
-    said = str(tmp_path / name) if early else "ATTENTION=fa3 needs a Hopper GPU"
-    assert done.returncode == 2 and said in done.stderr and "uncounted" not in done.stdout, done.stderr
-
-
-def test_a_script_that_is_run_as_a_module_is_refused(tmp_path):
-    """`python -m` runs what __pycache__ has, if that names the file's size and time: the source would tell nothing."""
-    for code in (SOURCE, pack_source(SOURCE, train_gpt.Config())):
-        (tmp_path / "train_gpt.py").write_bytes(code)
-        done = subprocess.run([sys.executable, "-m", "train_gpt"], cwd=tmp_path, capture_output=True, text=True,
-                              env={"PATH": "", "MODE": "pack"})
-        assert done.returncode == 2 and not (tmp_path / "out").exists()
-        assert "name the file" in done.stderr or code != SOURCE, done.stderr
-
-
-def test_a_name_alone_is_no_stranger(tmp_path):
-    """Neither a text nor a folder without code can be imported in a module's place."""
-    (tmp_path / "train_gpt.py").write_bytes(SOURCE)
+    (tmp_path / name).write_text(UNCOUNTED[name])
     (tmp_path / "token.txt").write_text("secret")
     (tmp_path / "platform").mkdir()
     done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "", "MODE": "help"})
-    assert done.returncode == 0, done.stderr
+                          env={"PATH": "", "MODE": "pack"})
+    assert done.returncode == 0 and "uncounted" not in done.stdout, done.stderr
+
+
+def test_no_later_import_finds_code_beside_the_script(tmp_path):
+    (tmp_path / "train_gpt.py").write_bytes(SOURCE)
+    (tmp_path / "flash_attn_interface.py").write_text("print('uncounted')")
+    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PATH": "", "ATTENTION": "fa3", "PRESET": "smoke"})
+    assert done.returncode == 2 and "ATTENTION=fa3 needs a Hopper GPU" in done.stderr, done.stderr
+    assert "uncounted" not in done.stdout
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("way", ["pipe", "cache", "honest"])
+def test_what_runs_is_what_the_file_holds(tmp_path, way, packed):
+    """A script from a pipe is gone when it reads itself; `python -m` runs what __pycache__ has of its time and size.
+
+    Both would be counted and hashed as what they are not.
+    """
+    code = pack_source(SOURCE, train_gpt.Config()) if packed else SOURCE
+    script = tmp_path / "train_gpt.py"
+    script.write_bytes(code)
+    command = {"pipe": ["/dev/stdin"], "cache": ["-m", "train_gpt"], "honest": ["-m", "train_gpt"]}[way]
+    if way == "cache":
+        other = code + b"print('other')\n"
+        script.write_bytes(other)
+        py_compile.compile(str(script))
+        times = script.stat().st_atime_ns, script.stat().st_mtime_ns
+        script.write_bytes(code + b"#" * (len(other) - len(code) - 1) + b"\n")
+        os.utime(script, ns=times)
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, input=code,
+                          env={"PATH": "", "MODE": "pack"})
+    assert (done.returncode == 0) == (way == "honest") == (tmp_path / "out").exists(), done.stderr
+    if not (way == "pipe" and packed):  # Python itself does not take Latin-1 from a pipe
+        assert way == "honest" or b"does not hold the code that runs" in done.stderr or packed, done.stderr
 
 
 VENV = "venv/lib/python3.10/site-packages"
 
 
 @pytest.mark.parametrize("place, name", [pytest.param(
-    place, name, marks=[] if (place, name) in (("a/b/c", "difflib.py"), (VENV, "difflib.py"))
-    else pytest.mark.slow) for place in ("lib", "a/b/c", "my-site-packages", VENV)
+    place, name, marks=[] if (place, name) in ((".", "difflib.py"), ("a/b/c", "difflib.py"), (VENV, "difflib.py"))
+    else pytest.mark.slow) for place in (".", "lib", "a/b/c", "my-site-packages", VENV)
     for name in ("difflib.py", "difflib/__init__.py", "later.py")])
 def test_code_anywhere_below_the_script_is_refused(place, name, tmp_path):
     """It came by way of PYTHONPATH. The packages of a virtual environment that lies there are not meant."""
     module = tmp_path / place / name
-    module.parent.mkdir(parents=True)
+    module.parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / "train_gpt.py").write_bytes(SOURCE)
     module.write_text(Path(difflib.__file__).read_text())
-    code = "import train_gpt; train_gpt.refuse_code_beside(); import later"
+    code = "import train_gpt; train_gpt.check_code(); import later"
     command = ["-c", code] if name == "later.py" else ["train_gpt.py"]
     done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
                           env={"PATH": "", "MODE": "help", "PYTHONPATH": str(tmp_path / place)})
