@@ -19,6 +19,8 @@ distortion tr(E H E^T) over all matrices, in dB against PR #1541's; the same wei
 bound (reverse water-filling over the Hessians' eigenvalues and the rows' variances, at the method's own weights and
 bits); bits per byte before and after. With --full: the full-size model instead, all weights Gaussian, inputs whose
 Hessians have random eigenvectors and eigenvalues that spread by 0, 2 and 4 dB (standard deviation of their logarithm).
+With --share 8: what one price of that model takes the first and the last of 8 ranks, which has the embedding, on this
+machine's cores, and what packing takes the first.
 
 `presets` runs the four published systems end to end, scaled down alike to the README's 200-step run (--steps: another
 number), on --data's SP8192 and SP4096 shards, each in a process of its own: some half an hour each on 2 CPU cores.
@@ -423,6 +425,28 @@ def table(q: Quantization, *methods: str) -> list[dict]:
     return [{key: value for key, value in row.items() if key not in ("distortion", "cost")} for row in rows]
 
 
+def share_of(ranks: int) -> list[dict]:
+    """Seconds of one price of the full-size model on the first and the last rank, and of packing it; medians of 3."""
+    q, price, rows = Quantization.full_size(2), -8.13, []  # some 3.5 bits per weight
+    q.rt.all_reduce = lambda tensor: None
+    alike = {site: torch.tensor(1.0) for site in q.hessians}
+
+    def median(function) -> float:
+        return round(statistics.median(seconds(function) for _ in range(3)), 2)
+
+    def factors():
+        for sites in filter(None, map(q.rt.own, q.model.matrix_sites().values())):
+            train_gpt.error_factor(torch.stack([q.hessians[site] for site in sites]), torch.tensor([0.1]))
+
+    for q.rt.rank, q.rt.world in ((0, ranks), (ranks - 1, ranks), (0, 1)):
+        quantizer = TrellisQuantizer(q.rt, q.model, q.hessians, alike)
+        price_s = median(functools.partial(quantizer.quantize, price))
+        rows.append({"rank": q.rt.rank, "of": q.rt.world, "cores": len(os.sched_getaffinity(0)), "price_s": price_s,
+                     "of_which_factors_s": median(factors)})
+    tensors = quantizer.quantize(price)
+    return [*rows, {"pack_s": median(lambda: train_gpt.pack_artifact(tensors, {}))}]
+
+
 def presets(data_dir: str, steps: int, log_dir: Path | None) -> list[dict]:
     """One row for each published system, from the records of runs of the script itself; PPM's score beside."""
     rows = []
@@ -520,6 +544,7 @@ def main():
     parser.add_argument("--data", help="DATA_DIR with SP8192 shards; without it, random tokens")
     parser.add_argument("--weights", type=Path, help="quantization: final_model.pt of the 200-step run")
     parser.add_argument("--full", action="store_true", help="quantization: random weights at full size")
+    parser.add_argument("--share", type=int, default=0, help="quantization: one rank's share of the full-size model")
     parser.add_argument("--steps", type=int, default=200, help="presets: optimizer steps")
     parser.add_argument("--logs", type=Path, help="presets: folder for the runs' logs and records")
     parser.add_argument("--rate", type=float, default=7.40e6 / 8, help="scaling: tokens/s of one GPU")
@@ -533,7 +558,8 @@ def main():
         rows = {"speed": lambda: speed(data), "scaling": lambda: scaling(arguments.rate),
                 "presets": lambda: presets(data, arguments.steps, arguments.logs),
                 "memory": lambda: [memory(tokens) for tokens in (98304, 49152, 16384, 8192)],
-                "quantization": lambda: full_size() if arguments.full else quantization(data, arguments.weights),
+                "quantization": lambda: share_of(arguments.share) if arguments.share else full_size()
+                if arguments.full else quantization(data, arguments.weights),
                 }[arguments.what]()
     if os.environ.get("RANK", "0") != "0":
         return

@@ -1189,7 +1189,7 @@ USERS = {
     + ["score_artifact"] + ["score_mixture"] * 2,
     "start=": ["RansDecoder.__init__", "TrainData.window", "deviation", "evaluate_ttt", "rans_encode", "run_training",
                "score_artifact", "score_windows", "score_windows", "windows"],
-    "PACKED": ["", "Config.from_env", "Runtime.__init__", "TrellisQuantizer.__init__", "causal_attention",
+    "PACKED": ["", "", "", "Config.from_env", "Runtime.__init__", "TrellisQuantizer.__init__", "causal_attention",
                "check_folders", "main", "main", "pack_source"]}
 
 
