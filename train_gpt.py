@@ -417,7 +417,6 @@ def rule_with_values(rule: str, values: Mapping[str, object]) -> str:
 
 def print_help():
     """MODE=help: print every variable with type, default, allowed values and meaning, grouped by room."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `MODE=help ... | head` ends quietly
     for room, fields in itertools.groupby(dataclasses.fields(Config), lambda field: field.metadata["room"]):
         print(f"\n{room}")
         for field in fields:
@@ -3867,6 +3866,7 @@ def main():
         check_code()
         config = read_config(os.environ)
         if not PACKED and config.mode == "help":
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `MODE=help ... | head` ends quietly
             return print_help()
         if config.mode == "pack":
             return run_pack(config)
