@@ -387,11 +387,9 @@ def parse_setting(name: str, text: str, field: dataclasses.Field) -> object:
     """Turn a variable's text into the field's type; raise UsageError that names variable, value and what is allowed."""
     kind, limits = type(field.default), field.metadata
     try:
-        if kind is bool:
-            value = {"0": False, "1": True, "false": False, "true": True}[text.strip().lower()]
-        else:
-            value = kind(text.strip())
-    except (KeyError, ValueError):
+        word = text.strip()
+        value = ("0", "1", "false", "true").index(word.lower()) % 2 == 1 if kind is bool else kind(word)
+    except ValueError:
         value = None
     in_range = limits["low"] is None or (value is not None and limits["low"] <= value <= limits["high"])  # NaN is not
     in_range = in_range and text.isprintable() and (not limits["choices"] or value in limits["choices"])
@@ -1970,8 +1968,7 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
 ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 3
 ARTIFACT_BODY = 42  # where the header begins
 PIECE_BYTES, MAX_RAW_BYTES, MAX_WEIGHTS = 4 << 20, 1 << 30, 1 << 28
-ARTIFACT_DTYPES = {"int8": torch.int8, "int16": torch.int16, "int32": torch.int32, "float16": torch.float16,
-                   "float32": torch.float32}
+ARTIFACT_DTYPES = {name: getattr(torch, name) for name in ("int8", "int16", "int32", "float16", "float32")}
 COMPRESSORS, SUBMISSION_CAP_BYTES = ("brotli", "lzma"), 16_000_000
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 
@@ -3376,8 +3373,8 @@ def compress_source(source: bytes, settings: tuple[tuple[str, object], ...]) -> 
     literal = re.sub(r'"(?="|\Z)', r'\"', literal)
     literal = re.sub("\0(?=[0-7])", r"\\x00", literal).replace("\0", r"\0")
     program = ('import sys\nif __name__=="__main__":del sys.path[0]\n'
-               f'import brotli,linecache\ns=brotli.decompress("""{literal}""".encode("l1")).decode()\nf="packed"\n'
-               'linecache.cache[f]=0,None,s.splitlines(True),f\nexec(compile(s,f,"exec"))\n')
+               f'import brotli,linecache\ns=brotli.decompress("""{literal}""".encode("l1")).decode()\n'
+               'linecache.cache["s"]=0,None,s.splitlines(True),"s"\nexec(compile(s,"s","exec"))\n')
     return PACKED_FIRST_LINE + program.encode("latin1")
 
 
