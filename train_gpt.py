@@ -594,7 +594,7 @@ class Runtime:
         """Name the devices of all ranks, e.g. `8x NVIDIA H100 80GB HBM3`."""
         if self.device.type == "cuda":
             return f"{self.world}x {torch.cuda.get_device_name()}"
-        return f"{self.world}x CPU rank, {len(os.sched_getaffinity(0))} cores ({platform.machine()})"
+        return f"{self.world}x CPU rank, {os.cpu_count()} cores ({platform.machine()})"
 
     def end(self):
         """End this rank's process once all ranks have come here; does not return."""
