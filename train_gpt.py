@@ -21,9 +21,7 @@ The file is read from top to bottom, as the data goes through it; each room uses
     10  Submission    packed script, checks, record, collect
     11  main          the pipeline
 """
-from __future__ import annotations
-
-import os
+import os  # these two are there before any script
 import sys
 
 PACKED = False  # True in the packed script, which does without what stands under it
@@ -197,7 +195,7 @@ class Config:
     gptq_calibration_batches: int = _quant(64, "eighths of a batch for the Hessians; rounded up to whole", 1, 10**5)
     quantizer: str = _quant("trellis", "trellis: fitted to TARGET_BYTES; sdclip: PR #1541's, with the next four",
                             choices=("trellis", "sdclip"))
-    target_bytes: int = _quant(16_000_000, "code + artifact at most, with trellis or pruning", 1, 2**30)
+    target_bytes: int = _quant(16_000_000, "code + artifact at most with trellis; what pruning aims at", 1, 2**30)
     matrix_bits: int = _quant(6, "bits of a matrix entry", 2, 8)
     matrix_clip_sigmas: float = _quant(12.85, "row scale of the matrices in standard deviations", 0.1, 1000)
     embed_bits: int = _quant(8, "bits of an embedding entry", 2, 8)
@@ -229,7 +227,7 @@ class Config:
     submission_name: str = _collect("", "the submission's name: makes the folder records/<date>_<name>")
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str], stored: Mapping[str, object] | None = None) -> Config:
+    def from_env(cls, env: Mapping[str, str], stored: Mapping[str, object] | None = None) -> "Config":
         """Build the settings: defaults, then the preset, then `stored` (an artifact's own), then the environment.
 
         Raises UsageError that lists every misspelt name, every bad value and every pair that does not fit.
@@ -800,7 +798,7 @@ class TrainData:
         """Times of the last change (ns) of the files that are mapped, as the file system notes writes."""
         return [os.fstat(shard.file.fileno()).st_ctime_ns for shard in self.shards]
 
-    def in_order(self, stream: int) -> TrainData:
+    def in_order(self, stream: int) -> "TrainData":
         """Return the same windows in an independent order (0 is training's, 1 calibration's)."""
         other = copy.copy(self)
         other.seed, other.epoch, other.pending = (self.seed[0], stream), None, (None, None)
@@ -1115,7 +1113,7 @@ class ValueEmbedding(nn.Module):
         self.scale = nn.Parameter(torch.full((), 0.1))
         self.layer_scales = nn.Parameter(torch.ones(len(self.layers)))
 
-    def forward(self, gpt: GPT, ids: Tensor) -> dict[int, Tensor]:
+    def forward(self, gpt: "GPT", ids: Tensor) -> dict[int, Tensor]:
         """Token ids [B, T] -> {layer: [B, T, G, d]}, in the compute dtype of `gpt`."""
         narrow = F.embedding(ids, self.table).to(gpt.dtype)
         values = gpt.project(narrow, self.bank[0].to(gpt.dtype), "values").unflatten(-1, (self.heads, -1))
@@ -1170,7 +1168,7 @@ class GPT(nn.Module):
         self.smear_gate = nn.Parameter(torch.zeros(dim)) if config.smear_gate_enabled else None
         self.value_embedding = ValueEmbedding(config, kv_dim) if config.ve_layers else None
 
-    def to_compute(self, rt: Runtime) -> GPT:
+    def to_compute(self, rt: Runtime) -> "GPT":
         """Move to the runtime's device, dtype and attention kernel; masters stay fp32."""
         self.dtype, self.attention = rt.dtype, rt.attention
         return self.to(rt.device)
@@ -1532,6 +1530,7 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
             raise RunStopped(f"the training loss is {loss} at step {step}: lower the learning rates", 1)
         frac = seconds / budget if budget else step / config.iterations
         done = step == config.iterations or frac >= 1
+        rt.in_training = not done  # a signal ends what follows at once
         if stop or (done and rt.stop_signal):
             raise RunStopped(f"stopped by a signal after step {step}", 128 + int(rt.stop_signal or signal.SIGTERM))
         if step and (step <= 5 or step % config.train_log_every == 0 or seconds - shown > 30):
@@ -1539,7 +1538,7 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
             rt.log(f"{step}/{config.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m "
                    f"tok/s: {step * config.train_batch_tokens / max(seconds, 1e-9):.0f}")
         if done or (config.val_loss_every and step and step % config.val_loss_every == 0):
-            rt.in_training = False  # a signal ends this at once
+            rt.in_training = False
             with rt.pause():
                 rt.log(f"{step}/{config.iterations} {validate()}")
             rt.in_training = not done
@@ -2800,7 +2799,7 @@ class Record:
         return content
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[Record]:
+    def kept(self) -> "Iterator[Record]":
         """Enter why the run ended early, if it does inside."""
         try:
             yield self
@@ -3198,7 +3197,7 @@ def defined_names(node: ast.stmt) -> list[str]:
 
 def drop_unused(tree: ast.Module):
     """Drop imports and the module's own functions, classes and constants that nothing refers to."""
-    body = [node for node in tree.body if getattr(node, "module", "") != "__future__"]  # no annotations are left
+    body = tree.body
     reads = {node: {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load)}
              for node in body}
     tree.body = []
@@ -3468,6 +3467,11 @@ def read_records(config: Config) -> list[dict]:
     return records
 
 
+def shared_settings(record: Mapping[str, object]) -> dict[str, object]:
+    """The settings that all seeds of a submission have in common."""
+    return {name: value for name, value in record["settings"].items() if name not in ("seed", "run_id")}
+
+
 def check_one_system(records: list[dict]):
     """Raise UsageError unless the records are finished runs of one system that differ by nothing but the seed."""
     for r in records:
@@ -3475,8 +3479,7 @@ def check_one_system(records: list[dict]):
             raise UsageError(f"{r['run_id']} is no finished run of MODE=train (stopped: {r['stopped']})")
         for key in ("mode", "preset", "settings", "source_sha256", "code_sha256", "train_sha256", "val_sha256",
                     "tokenizer_sha256", "hardware", "torch", "python", "attention_backend"):
-            mine, first = ({k: v for k, v in x[key].items() if k not in ("seed", "run_id")} if key == "settings"
-                           else x[key] for x in (r, records[0]))
+            mine, first = (shared_settings(x) if key == "settings" else x[key] for x in (r, records[0]))
             if mine != first:
                 raise UsageError(f"{r['run_id']} and {records[0]['run_id']} cannot make one submission: {key} differs "
                                  f"({mine} and {first})")
@@ -3516,7 +3519,8 @@ def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
         "author": config.author or None, "github_id": config.github_id or None, "name": config.submission_name or None,
         "date": max(r["date"] for r in records)[:10], "track": "10min_16mb", "seeds": [r["seed"] for r in records],
         **(figures if contest else dict.fromkeys(figures)), "python_version": first["python"],
-        "pytorch_version": first["torch"], "technique_summary": f"{first['preset']}: {assignments(first['settings'])}",
+        "pytorch_version": first["torch"],
+        "technique_summary": f"{first['preset']}: {assignments(shared_settings(first))}",
         **{key: first[key] for key in ("code_sha256", "val_sha256", "tokenizer_sha256")},
         "rehearsal": None if contest else figures}
 
@@ -3536,7 +3540,8 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
                        for r in records for c in r["checks"])
     title = config.submission_name.replace("<", "&lt;")  # no table of its own
     readme = (f"# {title}\n\n{results_table(records)}\n\nMade from the records beside this file, by "
-              f"`MODE=collect`. Run again:\n\n    {assignments(records[0]['settings'])} torchrun --standalone "
+              f"`MODE=collect`. Run again:\n\n    SEED={records[0]['seed']} "
+              f"{assignments(shared_settings(records[0]))} torchrun --standalone "
               f"--nproc_per_node={records[0]['world_size']} train_gpt.py\n\n## Checks\n\n{checks}\n")
     files = {"train_gpt.py": code, "README.md": readme.encode(),
              "submission.json": (json.dumps(submission, indent=2) + "\n").encode()}
@@ -3697,6 +3702,7 @@ def run_training(config: Config, rt: Runtime):
             record.check("shards_unchanged", all(rt.gather(data.opened == data.changes())),  # maps show what is written
                          "the training shards' files since they were opened, on all ranks")
         except BaseException:
+            rt.in_training = True  # further signals wait
             with contextlib.suppress(Exception):
                 if rt.main:
                     write_files({out_dir / "stopped_model.pt": weights_file(model)})
@@ -3831,7 +3837,9 @@ def check_code():
 
     Later imports from there are blocked. Python itself and installed packages may lie there: a virtual environment.
     """
-    if compile(SOURCE, __file__, "exec") != RUNNING:  # read from a pipe, from __pycache__, or exchanged meanwhile
+    if __spec__ and __name__ == "__main__":  # Python would import from its folder before the first line
+        raise UsageError("`python -m` may run other code than it reads: name the file")
+    if compile(SOURCE, __file__, "exec") != RUNNING:  # it was read from a pipe, or has been exchanged since
         raise UsageError(f"{__file__} does not hold the code that runs: start it again, by the name of its file")
     script = Path(__file__).resolve()
 

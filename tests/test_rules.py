@@ -17,6 +17,7 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -1474,6 +1475,32 @@ def test_trained_weights_are_kept_whatever_happens_then(corpus, tmp_path, rt):
     weights = torch.load(tmp_path / "out" / "stopped_model.pt", weights_only=True)
     assert all(p.isfinite().all() for p in weights.values()) and weights["qo_bank"].any()
     assert "no Hessians today" in json.loads((tmp_path / "logs" / "run.json").read_text())["stopped"]
+
+
+def test_a_second_signal_waits_until_the_weights_are_kept(corpus, tmp_path, rt):
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    honest, first = train_gpt.weights_file, []
+
+    def stopped(*_):
+        first.append(train_gpt.RunStopped("stopped by SIGTERM", 143))
+        raise first[0]
+
+    def interrupted(model):
+        if first:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(model)
+
+    rt.catch_signals()
+    try:
+        with patched(train_gpt, "collect_hessians", stopped), patched(train_gpt, "weights_file", interrupted), \
+                pytest.raises(train_gpt.RunStopped, match="SIGTERM"):
+            tiny_run(tmp_path, corpus[0], rt)
+        assert rt.stop_signal == signal.SIGINT
+    finally:
+        rt.stop_signal, rt.in_training = 0, False
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert torch.load(tmp_path / "out" / "stopped_model.pt", weights_only=True)["qo_bank"].any()
 
 
 @pytest.mark.parametrize("env, problem", [
