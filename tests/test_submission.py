@@ -869,7 +869,7 @@ def test_failed_checks_are_shown(record, tmp_path, monkeypatch):
 
 def test_what_ran_is_told_from_the_records(record, tmp_path, monkeypatch):
     """Not from the machine and the settings that collect; an author's name is no setting, and a title no table."""
-    settings = {"preset": "pr1395", "matrix_lr": 0.0123, "ttt_enabled": True}
+    settings = {"preset": "pr1395", "matrix_lr": 0.0123, "ttt_enabled": True, "seed": 5, "run_id": "first"}
     records = contest_records(record, settings=settings, preset="pr1395", torch="2.9.9", python="3.10.9",
                               code_sha256=train_gpt.sha256(pack_source(SOURCE, train_gpt.Config(preset="pr1395"))))
     submission = collected(tmp_path, monkeypatch, records, submission_name="<b>x</b>", author="me MATRIX_LR=5")
@@ -877,7 +877,8 @@ def test_what_ran_is_told_from_the_records(record, tmp_path, monkeypatch):
     assert submission["technique_summary"] == f"pr1395: {told}"
     assert (submission["pytorch_version"], submission["python_version"]) == ("2.9.9", "3.10.9")
     readme, = (tmp_path / "records").glob("*/README.md")
-    assert f"    {told} torchrun --standalone --nproc_per_node=8 train_gpt.py\n" in readme.read_text()
+    again = f"    SEED={records[0]['seed']} {told} torchrun --standalone --nproc_per_node=8 train_gpt.py\n"
+    assert again in readme.read_text()
     assert readme.read_text().startswith("# &lt;b>x&lt;/b>\n")
 
 
