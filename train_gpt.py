@@ -235,7 +235,7 @@ class Config:
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         problems, given, base = [], {}, {}
         if ALIASES:
-            preset = env.get("PRESET", (stored or {}).get("preset", cls.preset))
+            preset = str(env.get("PRESET", (stored or {}).get("preset", cls.preset)))
             meant = ALIASES.get(preset, {})
             problems += [UsageError(f"{name} means {meant[name]} with PRESET={preset}: set one of them")
                          for name in meant if name in env and meant[name] in env]
@@ -3704,8 +3704,7 @@ def run_training(config: Config, rt: Runtime):
         except BaseException:
             rt.in_training = True  # further signals wait
             with contextlib.suppress(Exception):
-                if rt.main:
-                    write_files({out_dir / "stopped_model.pt": weights_file(model)})
+                write_files({out_dir / "stopped_model.pt": weights_file(model)} if rt.main else {})
             raise
         stored = rt.gather((out_dir / ARTIFACT_NAME).read_bytes() if rt.main else None)[0]
         if rt.main and stored != artifact:

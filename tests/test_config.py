@@ -209,6 +209,12 @@ def test_scoring_an_artifact_tells_all_that_it_was_made_with():
         Config.from_env({"MODE": "eval", "TRAIN_SEQ_LEN": "128"}, stored)
 
 
+@pytest.mark.parametrize("preset", [["pr1517"], {}, None, 5])
+def test_an_artifact_with_a_preset_that_is_none_is_refused(preset):
+    with pytest.raises(UsageError, match="PRESET=.* must be one of pr1541"):
+        Config.from_env({"MODE": "eval"}, {"preset": preset})
+
+
 def test_help_lists_every_variable_with_default_and_meaning(capsys):
     train_gpt.print_help()
     lines = capsys.readouterr().out.splitlines()
