@@ -3405,7 +3405,7 @@ def is_contest_run(record: Mapping[str, object]) -> bool:
     40,540,802 targets with the contest's 8192 pieces.
     """
     return (record["mode"] == "train" and record["world_size"] == 8 and record["compliant"] is True
-            and record["hardware"].startswith("8x NVIDIA H100 80GB HBM3")
+            and record["hardware"] == "8x NVIDIA H100 80GB HBM3"
             and abs(record["val_bytes"] - FINEWEB_VAL_BYTES) < 1e-5 * FINEWEB_VAL_BYTES
             and (record["val_tokens"] == 40_540_802 or record["settings"].get("vocab_size", 8192) != 8192))
 

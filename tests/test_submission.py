@@ -938,7 +938,8 @@ def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("change", [
-    {"hardware": "48x NVIDIA H100 80GB HBM3"}, {"hardware": "8x NVIDIA H200"}, {"hardware": "4x NVIDIA H100 80GB HBM3"},
+    {"hardware": "48x NVIDIA H100 80GB HBM3"}, {"hardware": "8x NVIDIA H100 80GB HBM3 MIG 1g.10gb"},
+    {"hardware": "8x NVIDIA H200"}, {"hardware": "4x NVIDIA H100 80GB HBM3"},
     {"hardware": "8x NVIDIA H100 PCIe"}, {"world_size": 16}, {"val_bytes": 300_000_000},
     {"val_bytes": 30_000_000}, {"val_bytes": 151_090_000}, {"val_bytes": 151_070_000}, {"compliant": False},
     {"val_bytes": 151_080_891 + 2000}, {"val_bytes": 151_080_891 - 2000},
