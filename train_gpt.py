@@ -1523,7 +1523,6 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
     budget = config.max_wallclock_seconds - config.gptq_reserve_seconds if config.max_wallclock_seconds else None
     optimizer, average, pulse = Optimizer(config, rt, model), WeightAverage(config, model), Pulse(rt)
     begin, shown, step = rt.clock(), 0.0, 0
-    rt.in_training = True
     while True:
         loss, seconds, stop = pulse.read()  # zeros before the first step
         if not math.isfinite(loss):
