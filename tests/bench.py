@@ -23,7 +23,8 @@ With --share 8: what one price of that model takes the first and the last of 8 r
 machine's cores, and what packing takes the first.
 
 `presets` runs the four published systems end to end, scaled down alike to the README's 200-step run (--steps: another
-number), on --data's SP8192 and SP4096 shards, each in a process of its own: some half an hour each on 2 CPU cores.
+number; --only: some of them), on --data's SP8192 and SP4096 shards, each in a process of its own: some half an hour
+each on 2 CPU cores.
 
 `memory` adds up the tensors that one rank would hold at a time on a GPU, full preset with loops on, for some values of
 MICRO_BATCH_TOKENS: the script's own code runs on tensors without values (PyTorch's meta device) in bf16, uncompiled,
@@ -44,6 +45,7 @@ import tempfile
 import time
 import types
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -458,10 +460,13 @@ def share_of(ranks: int) -> list[dict]:
     return [*rows, {"pack_s": median(lambda: train_gpt.pack_artifact(tensors, {}))}]
 
 
-def presets(data_dir: str, steps: int, log_dir: Path | None) -> list[dict]:
+PUBLISHED = ("pr1541", "pr1858", "pr1395", "pr1517")
+
+
+def presets(data_dir: str, steps: int, log_dir: Path | None, chosen: Sequence[str]) -> list[dict]:
     """One row for each published system, from the records of runs of the script itself; PPM's score beside."""
     rows = []
-    for preset in ("pr1541", "pr1858", "pr1395", "pr1517"):
+    for preset in chosen:
         own, run = Config.from_env({"PRESET": preset}), f"cpu_{steps}steps_{preset}"
         env = {**SMALL, **RUN_200, "PRESET": preset, "MUON_MOMENTUM": str(own.muon_momentum), "DATA_DIR": data_dir,
                "ITERATIONS": str(steps), "WARMUP_STEPS": "0", "PPM_ENABLED": "1", "VE_DIM": "32",
@@ -557,6 +562,7 @@ def main():
     parser.add_argument("--full", action="store_true", help="quantization: random weights at full size")
     parser.add_argument("--share", type=int, default=0, help="quantization: one rank's share of the full-size model")
     parser.add_argument("--steps", type=int, default=200, help="presets: optimizer steps")
+    parser.add_argument("--only", nargs="+", choices=PUBLISHED, default=PUBLISHED, help="presets: these alone")
     parser.add_argument("--logs", type=Path, help="presets: folder for the runs' logs and records")
     parser.add_argument("--rate", type=float, default=7.40e6 / 8, help="scaling: tokens/s of one GPU")
     parser.add_argument("--json", type=Path)
@@ -567,7 +573,7 @@ def main():
             train_gpt.write_shard(Path(folder) / "datasets/fineweb10B_sp8192/fineweb_train_000000.bin", tokens)
         data = arguments.data or folder
         rows = {"speed": lambda: speed(data), "scaling": lambda: scaling(arguments.rate),
-                "presets": lambda: presets(data, arguments.steps, arguments.logs),
+                "presets": lambda: presets(data, arguments.steps, arguments.logs, arguments.only),
                 "memory": lambda: [memory(tokens) for tokens in (98304, 49152, 16384, 8192)],
                 "quantization": lambda: share_of(arguments.share) if arguments.share else full_size()
                 if arguments.full else quantization(data, arguments.weights),
