@@ -21,7 +21,7 @@ The file is read from top to bottom, as the data goes through it; each room uses
     10  Submission    packed script, checks, record, collect
     11  main          the pipeline
 """
-import os  # these two are there before any script
+import os  # these two are loaded before any script
 import sys
 
 PACKED = False  # True in the packed script, which does without what stands under it
@@ -121,7 +121,7 @@ class Config:
     data_dir: str = _data("./data", "folder with datasets/ and tokenizers/")
     data_path: str = _data("", "folder with the shards; empty: DATA_DIR/datasets/fineweb10B_sp{VOCAB_SIZE}")
     tokenizer_path: str = _data("", "empty: DATA_DIR/tokenizers/fineweb_{VOCAB_SIZE}_bpe.model")
-    corpus: str = _data("shards", "embedded: put Python's documentation there, unless shards are there",
+    corpus: str = _data("shards", "embedded: made from Python's documentation, unless shards are there",
                         choices=("shards", "embedded"))
     train_batch_tokens: int = _data(786432, "tokens of one optimizer step, over all ranks", 1, 2**30)
     train_seq_len: int = _data(2048, "tokens of one training sequence", 8, 2**17)
@@ -135,9 +135,9 @@ class Config:
     mlp_mult: float = _model(4.0, "hidden width of the MLP in units of MODEL_DIM", 0.25, 16)
     rope_dims: int = _model(16, "rotated dimensions of each head", 2, 1024)
     rope_base: float = _model(10000.0, "base of the rotary frequencies", 1, 10**9)
-    rope_train_seq_len: int = _model(2048, "length from which on the rotary base grows", 1, 2**20)
+    rope_train_seq_len: int = _model(2048, "length beyond which the rotary base grows", 1, 2**20)
     qk_gain_init: float = _model(5.25, "initial gain of each head's queries", 0, 100)
-    xsa_last_n: int = _model(11, "last layers whose attention is cleared of its own value", 0, 64)
+    xsa_last_n: int = _model(11, "last layers whose attention output loses its own value's part", 0, 64)
     ln_scale: bool = _model(True, "divide the input of layer i's sublayers by sqrt(i + 1)")
     parallel_residual: str = _model("improved", "plain: attention and MLP read one stream; lanes: two streams, joined "
                                     "at the end; improved: two that mix", choices=("improved", "plain", "lanes",
@@ -157,11 +157,11 @@ class Config:
 
     iterations: int = _optim(20000, "optimizer steps at most", 1, 10**9)
     max_wallclock_seconds: float = _optim(600.0, "budget up to the finished artifact; 0: ITERATIONS decide", 0, 10**6)
-    gptq_reserve_seconds: float = _optim(40.0, "part of the budget left to calibration, GPTQ and packing", 0, 10**6)
-    warmup_steps: int = _optim(20, "steps that compile each looping state; their effect is thrown away", 0, 1000)
+    gptq_reserve_seconds: float = _optim(40.0, "seconds of it kept for all that follows the steps", 0, 10**6)
+    warmup_steps: int = _optim(20, "steps that compile each state of the model; their effect is thrown away", 0, 1000)
     train_log_every: int = _optim(500, "steps between two log lines (at most 30 s pass)", 1, 10**9)
     val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only after the last", 0, 10**9)
-    enable_looping_at: float = _optim(0.35, "part of the budget after which the loops run", 0, 1)
+    enable_looping_at: float = _optim(0.35, "fraction of the budget after which the loops run", 0, 1)
     recur_start_step: int = _optim(0, "step from which on the loops run; 0: ENABLE_LOOPING_AT decides", 0, 10**9)
     matrix_lr: float = _optim(0.03, "Muon's learning rate", 0, 10)
     muon_momentum: float = _optim(0.97, "Muon's momentum", 0, 1)
@@ -174,34 +174,34 @@ class Config:
     embed_wd: float = _optim(0.085, "weight decay of the embedding", 0, 10)
     scalar_lr: float = _optim(0.02, "AdamW's learning rate for scalars and vectors", 0, 10)
     adam_wd: float = _optim(0.02, "weight decay of scalars and vectors", 0, 10)
-    beta1: float = _optim(0.9, "AdamW", 0, 0.9999)
-    beta2: float = _optim(0.95, "AdamW", 0, 0.9999)
-    adam_eps: float = _optim(1e-8, "AdamW", 1e-12, 1)
+    beta1: float = _optim(0.9, "AdamW's decay of the mean gradient", 0, 0.9999)
+    beta2: float = _optim(0.95, "AdamW's decay of the mean squared gradient", 0, 0.9999)
+    adam_eps: float = _optim(1e-8, "AdamW's epsilon", 1e-12, 1)
     grad_clip_norm: float = _optim(0.3, "bound of the global gradient norm; 0: none", 0, 10**6)
-    warmdown_frac: float = _optim(0.72, "last part of the budget, over which the learning rates fall", 0, 1)
+    warmdown_frac: float = _optim(0.72, "last fraction of the budget, over which the learning rates fall", 0, 1)
     lr_schedule: str = _optim("linear", "how they fall: to 0, or by a cosine to MIN_LR", choices=("linear", "cosine"))
     min_lr: float = _optim(0.0, "learning-rate multiplier at least", 0, 1)
     ema_decay: float = _optim(0.9965, "decay per step of the averaged weights; 0: no averaging", 0, 0.999999)
     swa_every: int = _optim(0, "steps between two snapshots of a uniform average instead; 0: EMA_DECAY's", 0, 10**9)
     late_qat_threshold: float = _optim(0.0, "learning-rate multiplier below which the matrices are trained as if "
                                        "rounded; 0: never", 0, 1)
-    prequant_ttt_enabled: bool = _optim(False, "fine-tune before quantization")
+    prequant_ttt_enabled: bool = _optim(False, "fine-tune before quantization, TTT_BATCH_SEQS a step")
     prequant_ttt_data: str = _optim("val", "on what; val: tokens that are scored later, which the contest forbids",
                                     choices=("val", "train"))
     prequant_ttt_epochs: int = _optim(22, "passes over as many tokens as the validation split has", 1, 1000)
     prequant_ttt_lr: float = _optim(2.5e-4, "AdamW's learning rate, which falls by a cosine to a tenth", 0, 10)
     prequant_ttt_freeze_blocks: int = _optim(1, "first layers that stay as they are", 0, 64)
 
-    gptq_calibration_batches: int = _quant(64, "eighths of a batch for the Hessians; rounded up to whole", 1, 10**5)
-    quantizer: str = _quant("trellis", "trellis: fitted to TARGET_BYTES; sdclip: PR #1541's, with the next four",
-                            choices=("trellis", "sdclip"))
+    gptq_calibration_batches: int = _quant(64, "eighths of a training batch for the Hessians; whole ones", 1, 10**5)
+    quantizer: str = _quant("trellis", "trellis: fitted to TARGET_BYTES; sdclip: PR #1541's, by MATRIX_BITS and what "
+                            "follows it", choices=("trellis", "sdclip"))
     target_bytes: int = _quant(16_000_000, "code + artifact at most with trellis; what pruning aims at", 1, 2**30)
     matrix_bits: int = _quant(6, "bits of a matrix entry", 2, 8)
     matrix_clip_sigmas: float = _quant(12.85, "row scale of the matrices in standard deviations", 0.1, 1000)
     embed_bits: int = _quant(8, "bits of an embedding entry", 2, 8)
     embed_clip_sigmas: float = _quant(20.0, "row scale of the embedding in standard deviations", 0.1, 1000)
     embed_gptq_enabled: bool = _quant(True, "feed the embedding's rounding errors forward; 0: round to the nearest")
-    selective_pruning_enabled: bool = _quant(False, "QUANTIZER=sdclip: drop the least of all +-1 to fit TARGET_BYTES")
+    selective_pruning_enabled: bool = _quant(False, "QUANTIZER=sdclip: zero the cheapest +-1 to fit TARGET_BYTES")
     compressor: str = _quant("brotli", "byte compressor of the artifact", choices=("brotli", "lzma"))
 
     eval_seq_len: int = _eval(2048, "tokens of one scored window", 8, 2**17)
@@ -215,9 +215,9 @@ class Config:
     ttt_batch_seqs: int = _eval(32, "sequences of one adaptation step, over all ranks", 1, 2**16)
     ttt_lr: float = _eval(0.005, "SGD's learning rate at the first chunk", 0, 10)
     ttt_momentum: float = _eval(0.9, "SGD's momentum", 0, 1)
-    ttt_grad_clip: float = _eval(1.0, "bound of the gradient norm", 0, 10**6)
+    ttt_grad_clip: float = _eval(1.0, "bound of the gradient norm; 0: none", 0, 10**6)
     ppm_enabled: bool = _eval(False, "score a byte mixture with PPM-D, too, in a field of its own")
-    ppm_mode: str = _eval("trie", "trie: a distribution over tokens; spread: the published figure, which is none",
+    ppm_mode: str = _eval("trie", "trie: a distribution over tokens; spread: the published figure, no distribution",
                           choices=("trie", "spread"))
 
     records: str = _collect("", "records to collect, separated by spaces")
@@ -230,7 +230,7 @@ class Config:
     def from_env(cls, env: Mapping[str, str], stored: Mapping[str, object] | None = None) -> "Config":
         """Build the settings: defaults, then the preset, then `stored` (an artifact's own), then the environment.
 
-        Raises UsageError that lists every misspelt name, every bad value and every pair that does not fit.
+        Raises UsageError that lists every misspelt name and bad value or, without any, every pair that does not fit.
         """
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
         problems, given, base = [], {}, {}
@@ -242,7 +242,7 @@ class Config:
             env = {meant.get(name, name): text for name, text in env.items()}
         if not PACKED:  # which does without settings that nothing in it reads
             problems += misspelt(env, list(fields))
-            problems += [UsageError(f"the artifact was made with {name}, which is no setting of its own in this script")
+            problems += [UsageError(f"the artifact was made with {name}, which this script's artifacts do not store")
                          for name in stored or () if name not in STORED_SETTINGS]
         own = {name.upper(): value for name, value in (stored or {}).items() if name in STORED_SETTINGS}
         for values, text_of in ((given, env), (base, own)):
@@ -437,7 +437,7 @@ def assignments(values: Mapping[str, object]) -> str:
 class RunStopped(BaseException):
     """The run ends before its end; what it had is saved. args: (what happened, exit code).
 
-    No Exception: a library that makes errors of its own from those must not take a signal for one.
+    Not an Exception: no library may catch a signal and make an error of its own of it.
     """
 
 
@@ -472,11 +472,11 @@ class Runtime:
         self.compile = on_gpu if config.compile == "auto" else config.compile == "1"
         self.micro_batch_tokens = config.micro_batch_tokens or (98304 if on_gpu else 4096)
         self.paused, self.log_file = 0.0, None
-        self.stop_signal, self.in_training = 0, False
+        self.stop_signal, self.signals_wait = 0, False
         if on_gpu:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-        if self.compile:  # again for training, plain and sliding windows, with and without loops and gradients
+        if self.compile:  # a compilation each for training, plain and sliding windows, with and without loops
             torch._dynamo.config.recompile_limit = 32
         self.attention = choose_attention(config.attention, on_gpu)
         if not dist.is_initialized():
@@ -490,14 +490,14 @@ class Runtime:
         """Let SIGTERM and SIGINT end the run in order: training after the step under way, anything else at once."""
         def on_signal(number: int, _frame):
             self.stop_signal = number
-            if not self.in_training:
+            if not self.signals_wait:
                 raise RunStopped(f"stopped by {signal.Signals(number).name}", 128 + number)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, on_signal)
 
     def open_log(self, path: Path):
-        """Start rank 0's log file; an earlier one of this name, and its record, get the time behind theirs."""
+        """Start rank 0's log file; an earlier one of this name, and its record, are renamed by the time."""
         self.logged = hashlib.sha256()  # of the lines, as they are written
         if self.main:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -540,9 +540,9 @@ class Runtime:
         yield
         self.paused += self.clock() - begin
 
-    def all_reduce(self, tensor: Tensor, asynchronous=False):
-        """Sum `tensor` over ranks, in place; returns the pending work if asynchronous."""
-        return dist.all_reduce(tensor, async_op=asynchronous)
+    def all_reduce(self, tensor: Tensor):
+        """Sum `tensor` over ranks, in place."""
+        dist.all_reduce(tensor)
 
     def share(self, items: int) -> range:
         """This rank's contiguous share of `items`; the shares of all ranks are disjoint and cover them."""
@@ -555,7 +555,7 @@ class Runtime:
 
     def gather(self, value: object) -> list:
         """Give every rank all ranks' values: nodes need no shared file system."""
-        values: list[object] = [None] * self.world
+        values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
 
@@ -576,7 +576,7 @@ class Runtime:
         values = self.gather(value)
         different = [rank for rank in range(self.world) if values[rank] != values[0]]
         if different:
-            raise UsageError(f"ranks {different} have other {what}: {values[different[0]]}, rank 0 has {values[0]}")
+            raise UsageError(f"ranks {different} differ in {what}: {values[different[0]]}, rank 0 has {values[0]}")
 
     def compiled(self, function: Callable) -> Callable:
         """Return `function` compiled with static shapes where COMPILE asks for it, else as it is."""
@@ -630,7 +630,7 @@ def c_library(source: str) -> ctypes.CDLL:
                 name: value for name, value in os.environ.items() if name in ("PATH", "TMPDIR")})  # no other headers
             return ctypes.CDLL(library)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise UsageError(f"C is not compiled or not loaded: {getattr(error, 'stderr', error)}") from error
+            raise UsageError(f"the C code cannot be compiled or loaded: {getattr(error, 'stderr', error)}") from error
 
 
 def choose_attention(wanted: str, on_gpu: bool) -> str:
@@ -647,7 +647,7 @@ def choose_attention(wanted: str, on_gpu: bool) -> str:
 
 @contextlib.contextmanager
 def attention_kernels(rt: Runtime) -> Iterator[None]:
-    """On CUDA, let SDPA choose among fused kernels only: falling back to the quadratic one must not pass unseen."""
+    """On CUDA, let SDPA choose among fused kernels only: falling back to the quadratic one must not go unnoticed."""
     kernel = nn.attention.SDPBackend
     others = [] if rt.device.type == "cuda" else [kernel.MATH]
     with nn.attention.sdpa_kernel([kernel.CUDNN_ATTENTION, kernel.FLASH_ATTENTION, *others], set_priority=True):
@@ -703,7 +703,7 @@ def token_bytes(sp: spm.SentencePieceProcessor, token: int, after_boundary: bool
         return b""
     if sp.is_byte(token):
         return bytes([int(piece[3:-1], 16)])  # <0x41>
-    return piece.removeprefix("\u2581" if after_boundary else "").replace("\u2581", " ").encode("utf-8")
+    return piece.removeprefix("\u2581" if after_boundary else "").replace("\u2581", " ").encode()
 
 
 def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -749,7 +749,7 @@ def open_shard(path: Path, vocab_size: int = 65536) -> np.ndarray:
                          f"({SHARD_MAGIC} and {SHARD_VERSION})")
     if count < 2 or size != SHARD_HEADER_BYTES + 2 * count:
         raise UsageError(f"{path}: the header promises {count} tokens, the file holds "
-                         f"{(size - SHARD_HEADER_BYTES) / 2:g}")
+                         f"{(size - SHARD_HEADER_BYTES) / 2:g}; two at least")
     tokens = np.memmap(file, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
     tokens.file = file
     if (highest := int(tokens.max())) >= vocab_size:
@@ -799,7 +799,7 @@ class TrainData:
         return [os.fstat(shard.file.fileno()).st_ctime_ns for shard in self.shards]
 
     def in_order(self, stream: int) -> "TrainData":
-        """Return the same windows in an independent order (0 is training's, 1 calibration's)."""
+        """Return the same windows in an independent order (0 is training's, 1 calibration's, 2 fine-tuning's)."""
         other = copy.copy(self)
         other.seed, other.epoch, other.pending = (self.seed[0], stream), None, (None, None)
         return other
@@ -928,7 +928,7 @@ def write_embedded_corpus(config: Config):
     write_files({config.tokenizer: model.getvalue()})
     sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
     for split, chosen in (("val", documents[2::5]), ("train", [d for i, d in enumerate(documents) if i % 5 != 2])):
-        tokens = [token for text in chosen for token in (sp.bos_id(), *sp.encode(text))]
+        tokens = [token for text in chosen for token in (BOS, *sp.encode(text))]
         write_shard(config.shard_dir / f"fineweb_{split}_000000.bin", np.array(tokens))
 
 
@@ -1292,7 +1292,7 @@ class GPT(nn.Module):
 
 
 def newton_schulz(g: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Orthogonalize a batch of matrices [..., m, n] approximately: singular values to within about 0.7..1.2 of one.
+    """Orthogonalize a batch of matrices [..., m, n] approximately: its singular values end between about 0.7 and 1.2.
 
     The quintic iteration of Muon (Jordan et al. 2024), with its coefficients; runs on the short side.
     """
@@ -1321,7 +1321,7 @@ class Optimizer:
 
     Gradients live in a buffer for each bank and one for all the rest. A step sums each bank's gradients into the rank
     that owns that slice of the bank (reduce-scatter), orthogonalizes the own slice, and gathers the updates behind the
-    AdamW steps. A bank whose matrices do not divide by the ranks is padded with zeros, which an update leaves at zero.
+    AdamW steps. A bank that the ranks cannot share evenly is padded with zero matrices, which an update leaves at zero.
     """
 
     def __init__(self, config: Config, rt: Runtime, model: GPT):
@@ -1351,7 +1351,7 @@ class Optimizer:
         world = self.rt.world
         slices = [torch.empty_like(m) for m in self.momenta]
         pending = [reduce_scatter(s, g, async_op=True) for s, g in zip(slices, self.bank_grads)]
-        pending.append(self.rt.all_reduce(self.small_grads, asynchronous=True))
+        pending.append(dist.all_reduce(self.small_grads, async_op=True))
         for work in pending:
             work.wait()
         torch._foreach_div_([*slices, self.small_grads], world)
@@ -1395,7 +1395,7 @@ def lr_multiplier(config: Config, frac: float) -> float:
 
     LR_SCHEDULE=cosine falls to MIN_LR by half a cosine instead.
     """
-    left = min((1 - frac) / config.warmdown_frac, 1.0) if frac > 1 - config.warmdown_frac else 1.0
+    left = (1 - frac) / config.warmdown_frac if frac > 1 - config.warmdown_frac else 1.0
     if config.lr_schedule == "cosine":
         return config.min_lr + (1 - config.min_lr) * (1 - math.cos(math.pi * max(left, 0.0))) / 2
     return max(left, config.min_lr)
@@ -1407,7 +1407,7 @@ def momentum_at(config: Config, step: int) -> float:
     return (1 - frac) * config.muon_momentum_warmup_start + frac * config.muon_momentum
 
 
-SWA_BELOW = 0.2  # learning-rate multiplier from which on SWA takes snapshots
+SWA_BELOW = 0.2  # learning-rate multiplier below which SWA takes snapshots
 
 
 class WeightAverage:
@@ -1481,7 +1481,7 @@ def descend(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.opt
         for grad in frozen:
             grad.zero_()
         if config.ttt_grad_clip:
-            grads *= (config.ttt_grad_clip / (grads.norm() + 1e-6)).clamp(max=1.0)
+            grads *= (config.ttt_grad_clip / (grads.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
         optimizer.step()
 
 
@@ -1529,7 +1529,7 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
             raise RunStopped(f"the training loss is {loss} at step {step}: lower the learning rates", 1)
         frac = seconds / budget if budget else step / config.iterations
         done = step == config.iterations or frac >= 1
-        rt.in_training = not done  # a signal ends what follows at once
+        rt.signals_wait = not done  # a signal ends what follows at once
         if stop or (done and rt.stop_signal):
             raise RunStopped(f"stopped by a signal after step {step}", 128 + int(rt.stop_signal or signal.SIGTERM))
         if step and (step <= 5 or step % config.train_log_every == 0 or seconds - shown > 30):
@@ -1537,10 +1537,10 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
             rt.log(f"{step}/{config.iterations} train_loss: {loss:.4f} train_time: {seconds / 60:.1f}m "
                    f"tok/s: {step * config.train_batch_tokens / max(seconds, 1e-9):.0f}")
         if done or (config.val_loss_every and step and step % config.val_loss_every == 0):
-            rt.in_training = False
+            rt.signals_wait = False
             with rt.pause():
                 rt.log(f"{step}/{config.iterations} {validate()}")
-            rt.in_training = not done
+            rt.signals_wait = not done
         due = step >= config.recur_start_step if config.recur_start_step else frac >= config.enable_looping_at
         if not model.looping and config.num_loops and (due or done):  # the log tells, too, if they never ran
             model.looping = True
@@ -1556,13 +1556,11 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
         pulse.send(step_loss, time.perf_counter() - rt.paused - begin)
         optimizer.step(multiplier, momentum_at(config, step))
         step += 1
-        if config.ema_decay or config.swa_every:
-            average.update(step, multiplier)
+        average.update(step, multiplier)
     seconds = rt.clock() - begin
     if step < config.iterations:
         rt.log(f"stopping_early: wallclock_cap train_time: {seconds * 1000:.0f}ms step: {step}/{config.iterations}")
-    if config.ema_decay or config.swa_every:
-        average.apply()
+    average.apply()
     model.late_qat = False
     return step, seconds
 
@@ -1605,8 +1603,7 @@ def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -
     normalized states. GPTQ_CALIBRATION_BATCHES are an eighth of a global batch each, what one GPU of eight trained on
     in a step; each rank takes its slice of those global batches, and the sums are added.
     """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    sums, counts = {}, {}
 
     def observed(x: Tensor, matrix: Tensor, site: str) -> Tensor:
         rows = x.flatten(0, -2).float()
@@ -1633,7 +1630,7 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
     output, summed over a site's visits: by the Fisher information, an error E of a matrix costs about
     sensitivity / 2 * tr(E H E^T) nats per token. Measured on one in eight of the Hessians' global batches.
     """
-    sums: dict[str, Tensor] = {}
+    sums = {}
 
     def watched(x: Tensor, matrix: Tensor, site: str) -> Tensor:
         y = F.linear(x, matrix)
@@ -1649,7 +1646,7 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
     model.requires_grad_(False).embedding.requires_grad_(True)  # gradients flow, but none of the matrices' own is made
     for number in range(0, math.ceil(config.gptq_calibration_batches / 8), 8):
         for batch in data.batch(number):
-            for ids, targets in zip(*(t.split(-(-len(t) // 4)) for t in batch)):  # not compiled: it takes more room
+            for ids, targets in zip(*(t.split(-(-len(t) // 4)) for t in batch)):  # uncompiled, so it needs more memory
                 model.nll(ids, targets).sum().backward()
                 tokens += ids.numel()
     del model.requires_grad_(True).project
@@ -1659,7 +1656,7 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
     return sums
 
 
-def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: float = 12.85, damping: float = 0.01,
+def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: float = 12.85,
                   block: int = 128) -> tuple[Tensor, Tensor]:
     """Round a batch of matrices to `bits`-bit integers, each column's error fed forward to the columns after it.
 
@@ -1674,7 +1671,7 @@ def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: f
     w, top = weight.float(), 2 ** (bits - 1) - 1
     scale = row_scale(w, bits, clip_sigmas).half()
     step = scale.float()  # [..., out, 1]
-    factor = error_factor(hessian, damping * mean_diagonal(hessian))
+    factor = error_factor(hessian, 0.01 * mean_diagonal(hessian))
     integers = round_with_feedback(w, factor, step, functools.partial(
         round_blocks, lambda y: y.round().clamp(-top, top), block=block))
     return integers.to(torch.int8), scale.squeeze(-1)
@@ -1751,7 +1748,7 @@ def round_blocks(choose: Callable[[Tensor], Tensor], w: Tensor, upper: Tensor, s
 # is (2 * k + state % 2) * step, and the parity of k chooses the next state, by Ungerboeck's code of 32 states (1982:
 # parity checks 45 and 10, octal). Every entry pays for a spacing of two steps and errs as if it were less: 0.5 dB above
 # Shannon's bound instead of a scalar quantizer's 1.5.
-TRELLIS_ROWS = 128
+TRELLIS_ROWS = 128  # TRELLIS_SOURCE has this number, and the states', too
 STATES = np.arange(32)[:, None]
 NEXT_STATE = STATES >> 1 ^ STATES % 2 * (0o45 >> 1) ^ np.array([0, 0o10 >> 1])  # [state, parity of the index]
 SENSITIVITY_POWER = 0.8  # of a matrix's sensitivity in the cost of its errors: better than 1 and 0.9, measured
@@ -1801,7 +1798,6 @@ void round_path(float *w, float *upper, float *step, int rows, int columns) {
     for (int s = 0; s < 32; s++)
         from[s] = (s ^ s / 16 * 2) % 16 * 2 + s / 16;
     for (int j = 0; j < columns; j++) {
-        int s = 0;
         for (int s = 0; s < 32; s++)
             cost[0][s] = s ? INFINITY : 0;
         for (int t = 0; t < rows; t++) {
@@ -1816,7 +1812,8 @@ void round_path(float *w, float *upper, float *step, int rows, int columns) {
                 after[s] = other < even ? other : even;
             }
         }
-        for (int i = 0; i < 32; i++)
+        int s = 0;
+        for (int i = 1; i < 32; i++)
             s = cost[rows % 2][i] < cost[rows % 2][s] ? i : s;
         for (int t = rows; t--; s = from[s] ^ 8 * odd[t][s]) {
             float *row = w + t * columns, x = nearest[t][2 * odd[t][s] + s / 16];
@@ -1913,7 +1910,7 @@ class TrellisQuantizer:
             side = [torch.zeros(len(weight), n) for n in (1, weight.size(2), weight.size(1))]
             if len(own):
                 mean, variance = mean_diagonal(hessian), own.var(-1).mean(-1, keepdim=True).clamp_min(1e-30)
-                cost = 0.16 * 4**price / variance  # a little less than an error's mean square, 0.27 of a squared step
+                cost = 0.16 * 4**price / variance  # measured; an error's mean square is 0.27 of a squared step
                 factor = error_factor(hessian, torch.clamp(cost.to(mean), 1e-4 * mean, mean))
                 factor = ErrorFactor(*(t.cpu() for t in factor))
                 levels = factor.log2_diagonal()
@@ -1967,7 +1964,6 @@ ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 3
 ARTIFACT_BODY = 42  # where the header begins
 PIECE_BYTES, MAX_RAW_BYTES, MAX_WEIGHTS = 4 << 20, 1 << 30, 1 << 28
 ARTIFACT_DTYPES = {name: getattr(torch, name) for name in ("int8", "int16", "int32", "float16", "float32")}
-COMPRESSORS, SUBMISSION_CAP_BYTES = ("brotli", "lzma"), 16_000_000
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
 
 
@@ -2067,7 +2063,7 @@ def rans_encode(chunks: list[np.ndarray], tables: np.ndarray, lanes: int) -> tup
             full = x >> (32 - FREQUENCY_BITS) >= f
             words.append(x[full].astype(np.uint16))
             x = np.where(full, x >> 16, x)
-            state[:len(index)] = x + x // f * ((1 << FREQUENCY_BITS) - f) + start[index]  # one division, no rest
+            state[:len(index)] = x + x // f * ((1 << FREQUENCY_BITS) - f) + start[index]  # one division, no remainder
     return state, np.concatenate([np.empty(0, np.uint16), *reversed(words)])
 
 
@@ -2103,7 +2099,7 @@ def trellis_contexts(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
     """Contexts [matrices, out, in] of the entries of NAME.q where they take even multiples; odd ones have one more."""
     rows, columns = (tensors[f"{name}.{side}"].numpy().astype(np.int16) for side in ("rows", "columns"))
     if rows.shape[:-1] != columns.shape[:-1]:
-        raise ArtifactError(f"the rows and columns of {name} are not of as many matrices")
+        raise ArtifactError(f"the rows and columns of {name} differ in their number of matrices")
     return 2 * (rows[..., None] - columns[..., None, :] + CLASS_OF_ONE).clip(0, CLASSES - 1)
 
 
@@ -2139,7 +2135,7 @@ def decode_trellises(tensors: dict[str, Tensor]):
         return
     levels, escapes, states, words = (tensors.pop(name).numpy() for name in CODE_TENSORS)
     if levels.dtype != np.int8 or levels.shape != (CLASSES, 2, SYMBOLS) or levels.min() < 0:
-        raise ArtifactError("the entropy coder's histograms are none")
+        raise ArtifactError("the entropy coder's histograms are invalid")
     decoder, at = RansDecoder(states.view(np.uint32), words.view(np.uint16), frequency_tables(levels)), 0
     count = sum(tensors[f"{name}.rows"].numel() * tensors[f"{name}.columns"].size(-1) for name in names)
     if len(states) != lanes_for(count) or count > MAX_WEIGHTS:
@@ -2209,12 +2205,12 @@ def read_body(body: bytes, head_bytes: int) -> tuple[dict[str, Tensor], dict[str
     table, lengths, compressor = head.pop("tensors"), head.pop("streams"), head["compressor"]
     sizes = [*lengths, *(n for *_, shape in table for n in shape)]
     if not all(type(n) is int and 0 <= n <= MAX_RAW_BYTES for n in sizes):
-        raise ArtifactError("a size is negative, huge or no whole number")
+        raise ArtifactError("a size is negative, huge or not whole")
     table = [(str(name), ARTIFACT_DTYPES[dtype], shape) for name, dtype, shape in table]
     # Zero sizes count as ones, so that no huge empty shape passes.
     if sum(math.prod(max(n, 1) for n in shape) * dtype.itemsize for _, dtype, shape in table) > MAX_RAW_BYTES:
         raise ArtifactError("the tensors are huge")
-    if len({name for name, *_ in table}) != len(table) or compressor not in COMPRESSORS:
+    if len({name for name, *_ in table}) != len(table) or compressor not in ("brotli", "lzma"):
         raise ArtifactError(f"a tensor is there twice, or the compressor {compressor!r} is none of this script's")
     groups = [list(group) for _, group in itertools.groupby(table, key=lambda entry: entry[1])]
     pieces = [size for group in groups for size in cut(sum(math.prod(shape) * t.itemsize for _, t, shape in group))]
@@ -2243,9 +2239,10 @@ def artifact_header(config: Config) -> dict[str, object]:
 
 
 def prune_to_fit(config: Config, rt: Runtime, tensors: dict[str, Tensor], most_bytes: int) -> bytes:
-    """Pack row-scaled tensors with as few of the entries +-1 made 0 as it takes, those of small steps first.
+    """Pack row-scaled tensors, entries +-1 made 0 until they fit, those of small steps first.
 
-    PR #1395: about four of them save a byte. If all are gone and it is still too much, it is packed as it is.
+    PR #1395: about four of them save a byte, so four are dropped for each one too many. If all are gone and it is still
+    too much, it is packed as it is.
     """
     artifact = pack_artifact(tensors, artifact_header(config))
     names = [name[:-2] for name in tensors if name.endswith(".q")]
@@ -2320,7 +2317,7 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
                 raise ArtifactError(f"the artifact's {name} holds values that are not finite")
             p.copy_(plain)
     if left:
-        raise ArtifactError(f"the artifact has {', '.join(left)}, which this model has not")
+        raise ArtifactError(f"the artifact has {', '.join(left)}, which this model lacks")
     model.looping = config.num_loops > 0
     return model.to_compute(rt)
 
@@ -2382,12 +2379,11 @@ def windows_at_once(config: Config, rt: Runtime) -> int:
 
 
 @torch.no_grad()
-def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores, chosen: list[tuple[int, int]],
-                  stage: str = "scoring"):
+def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores, chosen: list[tuple[int, int]]):
     """Score this rank's share of the `chosen` windows: the one way in which any target gets its score.
 
     A window is (start, count): inputs are EVAL_SEQ_LEN tokens from `start`, scored are its last `count` targets.
-    Shapes are static: a batch is filled up with windows that lie beyond the split, and so does not count.
+    Shapes are static: a batch is filled up with windows that lie beyond the split and so do not count.
     """
     length, val = config.eval_seq_len, scores.val
     batch = windows_at_once(config, rt)
@@ -2395,7 +2391,7 @@ def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores,
     for count in sorted({count for _, count in mine}, reverse=True):
         starts = torch.tensor([start for start, n in mine if n == count], device=rt.device)
         starts = F.pad(starts, (0, -len(starts) % batch), value=val.targets)
-        for start in rt.progress(stage, starts.split(batch)):
+        for start in rt.progress("scoring", starts.split(batch)):
             inside = start[:, None] + torch.arange(length, device=rt.device)  # [B, T] token positions
             ids = val.tokens[inside.clamp(max=val.targets)].long()
             positions = inside[:, -count:]
@@ -2405,10 +2401,10 @@ def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores,
                 nll_fn.keep(positions)
 
 
-def evaluate(config: Config, rt: Runtime, nll_fn: Callable, val: ValidationData, stride: int, stage: str) -> Scores:
+def evaluate(config: Config, rt: Runtime, nll_fn: Callable, val: ValidationData, stride: int) -> Scores:
     """Score the split with windows every `stride` tokens; a stride of EVAL_SEQ_LEN is the plain evaluation."""
     scores = Scores(rt, val)
-    score_windows(config, rt, nll_fn, scores, windows(config, val.targets, stride), stage)
+    score_windows(config, rt, nll_fn, scores, windows(config, val.targets, stride))
     return scores
 
 
@@ -2422,7 +2418,7 @@ def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll
     """
     scores, chunk = Scores(rt, val), config.ttt_chunk_tokens
     chunks = -(-val.targets // chunk)
-    members: list[list[tuple[int, int]]] = [[] for _ in range(chunks)]
+    members = [[] for _ in range(chunks)]
     for start, count in windows(config, val.targets, config.eval_stride):
         members[(start + config.eval_seq_len - count) // chunk].append((start, count))
     grads = bind_gradients(list(model.parameters()))
@@ -2444,6 +2440,14 @@ def adapt(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.optim
     length = config.eval_seq_len
     for _ in range(config.ttt_epochs):
         descend(config, rt, loss_fn, optimizer, grads, tokens.unfold(0, length + 1, length))
+
+
+def rehearse(config: Config, rt: Runtime, model: GPT, val: ValidationData):
+    """Compile what scores and adapts, by a walk over a chunk of zeros; changes the model's weights."""
+    val = copy.copy(val)
+    val.tokens = torch.zeros_like(val.tokens)
+    val.targets = min(val.targets, config.ttt_chunk_tokens + config.ttt_enabled)  # one more, or nothing is adapted to
+    evaluate_ttt(config, rt, model, rt.compiled(model), rt.compiled(model.nll), val)
 
 
 # A byte mixture of the model and PPM-D (PPM_ENABLED, after PR #1858's experiment) that is a distribution over tokens: a
@@ -2486,7 +2490,7 @@ class ByteTrie:
         children, inner = np.zeros((len(nodes), 256), dtype=bool), parent != np.arange(len(nodes))
         children[parent[inner], byte[inner]] = True
         self.siblings = np.packbits(children[parent], axis=1, bitorder="little").view("<u8")
-        self.boundary = torch.tensor([is_boundary(sp, token) for token in range(self.vocab_size)], device=device)
+        self.boundary = build_byte_luts(sp, self.vocab_size)[2].to(device)
         self.tables = [torch.tensor(table, dtype=torch.int64, device=device)
                        for table in (begin, own_end, end, parent, order, place, self.path)]
 
@@ -2761,8 +2765,10 @@ def predict_split(config: Config, mixture: ByteShares) -> np.ndarray:
 
 PACKED_FIRST_LINE = b"#coding:latin1\n"
 TRAIN_LIMIT_SECONDS = EVAL_LIMIT_SECONDS = 600
+SUBMISSION_CAP_BYTES = 16_000_000
+# What every run of MODE=train must have.
 CHECKS = """byte_count split_text held_out warm_up_undone shards_unchanged causal normalized weights_kept train_seconds
-    eval_seconds total_bytes full_split single_pass_prequant single_pass_quantized normalized_quantized"""  # MODE=train
+    eval_seconds total_bytes full_split single_pass_prequant single_pass_quantized normalized_quantized"""
 
 
 class Record:
@@ -2809,6 +2815,7 @@ class Record:
 
     def seal(self):
         """End the log with a line that vouches for the record and for all lines above it, as they were written."""
+        self.rt.signals_wait = True  # a signal comes too late: what is sealed stays
         self.rt.logged.update(self.set())
         self.rt.log(f"record: {self.path.name}; SHA-256 of the lines above and of it: {self.rt.logged.hexdigest()}")
 
@@ -2823,10 +2830,10 @@ class Record:
         result = scores.finish()
         self.rt.log(f"{label} {score_line(result)}")
         once = int((scores.times_scored == 1).sum())
-        self.check(f"single_pass_{name}", once == len(scores.times_scored) == scores.val.targets,
+        self.check(f"single_pass_{name}", once == scores.val.targets,
                    f"{once} of {scores.val.targets} targets scored exactly once")
         if name == "ttt":
-            self.check(f"score_before_update_{name}", not scores.early,
+            self.check("score_before_update_ttt", not scores.early,
                        f"{scores.released} targets trained on, {int(scores.early)} of them without a final score")
         self.set(**{name: result})
 
@@ -2859,40 +2866,38 @@ def score_line(result: Mapping[str, float]) -> str:
     return f"val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{seconds * 1000:.0f}ms"
 
 
-def check_split(record: Record, val: ValidationData, most_tokens: int = 2_000_000):
-    """Hold byte tables and tokens against the decoded text, document by document; a large split's own draw of some.
+def check_split(record: Record, val: ValidationData):
+    """Hold byte tables and tokens against the decoded text of every document; the ranks share them.
 
     Text that is encoded again must give the tokens back, or tokenizer and shards do not belong together, and a split
     must not repeat itself: each is true of 90% at least.
     """
-    tokens, sp = val.tokens.cpu().numpy(), val.tokenizer
-    starts = np.union1d(0, np.flatnonzero(tokens == sp.bos_id()))
-    ends = np.append(starts[1:], len(tokens))
+    tokens, sp, wrong, foreign = val.tokens.cpu().numpy(), val.tokenizer, [], 0
+    starts = np.union1d(0, np.flatnonzero(tokens == BOS))
     totals = np.concatenate([[0, 0], np.cumsum(val.target_bytes.numpy())])  # bytes of the targets before token p
-    wrong, foreign, seen, documents = [], 0, 0, 0
-    # EVAL_DROP_TAIL may cut the last document inside a character, which then decodes to something else.
-    chances = np.random.default_rng(int(val.sha256, 16)).exponential(size=len(starts)) / (ends - starts)
-    for number in np.argsort(chances[:len(starts) - (val.left_out > 0)]):  # the longer, the earlier
-        begin, end = starts[number], ends[number]
-        if documents >= 32 and seen >= most_tokens:
-            break
-        seen, documents = seen + end - begin, documents + 1
-        part = tokens[begin:end].tolist()
-        text = sp.decode(part)
-        own = 0 if begin else int(len(sp.decode(part[:1]).encode("utf-8")))  # the split's first token is no target
-        if totals[end] - totals[begin] + own != len(text.encode("utf-8")):
-            wrong.append(int(begin))
-        foreign += (end - begin) * (sp.encode(text) != part[part[0] == sp.bos_id():])
-    record.check("byte_count", documents and not wrong and val.bytes == totals[-1],
-                 f"{documents} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables: "
+    # EVAL_DROP_TAIL may cut the last document inside a character, which then decodes otherwise.
+    whole = [*zip(starts, np.append(starts[1:], len(tokens)))][:len(starts) - (val.left_out > 0)]
+    mine = record.rt.own(whole)
+    for first in record.rt.progress("decoding", range(0, len(mine), 1024)):  # bounds the memory
+        some = mine[first:first + 1024]
+        parts = [tokens[begin:end].tolist() for begin, end in some]
+        texts = sp.decode(parts)
+        for (begin, end), part, text, again in zip(some, parts, texts, sp.encode(texts)):
+            own = 0 if begin else len(sp.decode(part[:1]).encode())  # the split's first token is no target
+            if totals[end] - totals[begin] + own != len(text.encode()):
+                wrong.append(int(begin))
+            foreign += len(part) * (again != part[part[0] == BOS:])
+    wrong, foreign = sum(record.rt.gather(wrong), []), sum(record.rt.gather(foreign))
+    record.check("byte_count", whole and not wrong and val.bytes == totals[-1],
+                 f"{len(whole)} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables: "
                  f"{wrong[:3]}")
     keys = passage_keys(tokens, val)
     repeated, least = len(keys) - len(np.unique(keys)), (val.bytes / 2 - 256) / passage_distance(val) - 1
     empty = int((val.target_bytes == 0).sum())  # BOS, which else could outnumber what is foreign
-    record.check("split_text", foreign <= 0.1 * seen and empty <= 0.1 * val.targets and repeated <= 0.1 * len(keys)
+    record.check("split_text", max(foreign, empty) <= 0.1 * val.targets and repeated <= 0.1 * len(keys)
                  and len(keys) >= least,  # fewer if it has a short period or is hardly any letters
-                 f"{foreign} of {seen} tokens stand in documents that encode otherwise, {repeated} of {len(keys)} "
-                 f"passages repeat, {least:.0f} must be there, and {empty} targets are no text")
+                 f"{foreign} of {val.targets} tokens stand in documents that encode otherwise, {repeated} of "
+                 f"{len(keys)} passages repeat, {least:.0f} must be there, and {empty} targets are no text")
 
 
 def passage_distance(val: ValidationData) -> int:
@@ -2966,7 +2971,7 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
         starts = torch.from_numpy(rng.integers(val.targets - length + 1, size=(rows, 1)))
         tokens = val.tokens[starts.to(ahead) + ahead].long()
         place = (length // 2, length // 4, length - 2)[number % 3]  # other tokens from here on, some of them BOS
-        other = torch.where((ahead % 3 == 0) & (tokens != 1), 1, (tokens + 1) % vocab)
+        other = torch.where((ahead % 3 == 0) & (tokens != BOS), BOS, (tokens + 1) % vocab)
         # The last target that stays does not stand in the input any more.
         pairs = (tokens, tokens), [torch.where(ahead < begin, tokens, other) for begin in (place, place + 1)]
         same = torch.eq(*(nll_fn(ids[:, :-1].contiguous(), targets[:, 1:].contiguous()) for ids, targets in pairs))
@@ -3430,7 +3435,7 @@ def expected_lines(record: Mapping[str, object]) -> list[str]:
     """What the log of a record's run must say, too; raise ValueError if `compliant` is not what the checks make it."""
     checks = [(check["name"], check["ok"]) for check in record["checks"]]
     if record["compliant"] not in (None, ("complete", True) in checks and all(ok for _, ok in checks)):
-        raise ValueError("its checks do not make it what `compliant` says")
+        raise ValueError("`compliant` contradicts its checks")
     return [*(f"{line}\n" for line in record_lines(record)),
             *(f"check {name}: {'ok' if ok else 'FAILED'} (" for name, ok in checks),
             *(f" {score_line(record[stage])}\n" for stage in (*Record.STAGES, "ppm") if record[stage])]
@@ -3454,7 +3459,7 @@ def read_records(config: Config) -> list[dict]:
                 raise ValueError(f"without {', '.join(sorted(missing))}")
             results_table(records[-1:])
             if (type(records[-1]["settings"]), type(records[-1]["hardware"])) != (dict, str):
-                raise ValueError("settings or hardware are none")
+                raise ValueError("settings or hardware are of the wrong type")
             text = log.decode()
             missing = [line for line in expected_lines(records[-1]) if line not in text]
             if missing or text.count("\ncheck ") != len(records[-1]["checks"]):
@@ -3484,7 +3489,7 @@ def check_one_system(records: list[dict]):
                                  f"({mine} and {first})")
     for key in ("seed", "artifact_sha256"):
         if len({r[key] for r in records}) < len(records):
-            raise UsageError(f"two of the records have the same {key}: a run would be picked, or counted twice")
+            raise UsageError(f"two of the records have the same {key}: a run would be cherry-picked, or counted twice")
 
 
 def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
@@ -3555,7 +3560,7 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
     write_files({folder / name: data for name, data in files.items()})
     copies = " ".join(str(folder / Path(path).name) for path in config.records.split())
     if read_records(dataclasses.replace(config, records=copies)) != records:
-        raise UsageError("RECORDS: another content was read the second time")
+        raise UsageError("RECORDS: a file changed while it was read")
     machine = {name: value for name, value in os.environ.items() if not hasattr(Config, name.lower())}  # no settings
     with tempfile.TemporaryDirectory() as other:
         done = subprocess.run([sys.executable, "train_gpt.py"], cwd=folder, stdout=subprocess.DEVNULL,
@@ -3652,9 +3657,10 @@ def check_folders(config: Config, rt: Runtime):
 def run_training(config: Config, rt: Runtime):
     """MODE=train: train, quantize, pack, then score what was packed."""
     check_folders(config, rt)
-    with rt.agree():  # nobody looks for the corpus before it is written
-        if config.corpus == "embedded" and rt.main:
-            write_embedded_corpus(config)
+    if config.corpus == "embedded":
+        with rt.agree():  # nobody looks for the corpus before it is written
+            if rt.main:
+                write_embedded_corpus(config)
     code, out_dir = pack_source(SOURCE, config), Path(config.out_dir)
     if config.target_bytes <= len(code):
         raise UsageError(f"TARGET_BYTES={config.target_bytes}, but the code alone has {len(code)}")
@@ -3670,8 +3676,8 @@ def run_training(config: Config, rt: Runtime):
         rt.log(f"model_params: {sum(p.numel() for p in model.parameters())}")
         nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
 
-        def validate(stage: str = "validation") -> Scores:
-            return evaluate(config, rt, nll_fn, val, config.eval_seq_len, stage)
+        def validate() -> Scores:
+            return evaluate(config, rt, nll_fn, val, config.eval_seq_len)
 
         initial = rt.gather(sha256(weights_file(model)))[0]
         warm_up(config, rt, model, loss_fn, data)
@@ -3683,7 +3689,7 @@ def run_training(config: Config, rt: Runtime):
             record.set(steps=steps, train_seconds=seconds, step_ms=1000 * seconds / steps,
                        tokens_per_second=round(steps * config.train_batch_tokens / seconds))
             with rt.pause():
-                record.stage("prequant", "pre-quantization post-ema", validate("prequant"))
+                record.stage("prequant", "pre-quantization post-ema", validate())
             if config.prequant_ttt_enabled:
                 legal, length = config.prequant_ttt_data == "train", config.train_seq_len
                 record.check("no_early_training", legal, f"PREQUANT_TTT_DATA={config.prequant_ttt_data}: nothing may "
@@ -3692,16 +3698,15 @@ def run_training(config: Config, rt: Runtime):
                              val.tokens.unfold(0, length + 1, length))
                 prequant_ttt(config, rt, model, loss_fn, sequences)
                 with rt.pause():
-                    record.stage("prequant_ttt", "pre-quantization post-ttt", validate("prequant_ttt"))
-            artifact = make_artifact(config, rt, record, model, data.in_order(1))
-            record.set(artifact_seconds=rt.clock() - start)
+                    record.stage("prequant_ttt", "pre-quantization post-ttt", validate())
+            artifact = make_artifact(config, rt, record, model, data.in_order(1), start)
             if rt.main:
                 write_files({out_dir / ARTIFACT_NAME: artifact, out_dir / "final_model.pt": weights_file(model),
                              out_dir / "train_gpt.py": code})
             record.check("shards_unchanged", all(rt.gather(data.opened == data.changes())),  # maps show what is written
                          "the training shards' files since they were opened, on all ranks")
         except BaseException:
-            rt.in_training = True  # further signals wait
+            rt.signals_wait = True  # further signals wait
             with contextlib.suppress(Exception):
                 write_files({out_dir / "stopped_model.pt": weights_file(model)} if rt.main else {})
             raise
@@ -3711,8 +3716,8 @@ def run_training(config: Config, rt: Runtime):
         score_artifact(config, rt, record, val, stored)
 
 
-def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data: TrainData) -> bytes:
-    """Calibrate, quantize and pack within the training budget's reserve; the bytes are rank 0's, others get none."""
+def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data: TrainData, start: float) -> bytes:
+    """Calibrate, quantize and pack; the bytes are rank 0's, others get none. `start`: when training began."""
     times, code = [rt.clock()], pack_source(SOURCE, config)
     hessians = collect_hessians(config, rt, model, data)
     sensitivities = collect_sensitivities(config, rt, model, data) if config.quantizer == "trellis" else {}
@@ -3726,8 +3731,10 @@ def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data:
         artifact = prune_to_fit(config, rt, tensors, most_bytes) if rt.main else b""
     times.append(rt.clock())
     calibration, quantization = np.diff(times).tolist()
-    rt.log(f"{times[-1] - times[0]:.1f}s of GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g} used")
-    record.set(calibration_seconds=calibration, quantize_seconds=quantization)
+    used = times[-1] - start
+    reserve = used - record.data["train_seconds"]  # fine-tuning included
+    rt.log(f"{reserve:.1f}s of GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g} used")
+    record.set(calibration_seconds=calibration, quantize_seconds=quantization, artifact_seconds=used)
     return artifact
 
 
@@ -3745,10 +3752,12 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
            f"Total submission size quantized+{config.compressor}: {len(code) + len(artifact)} bytes")
     record.set(artifact_bytes=len(artifact), code_bytes=len(code), total_bytes=len(code) + len(artifact),
                artifact_sha256=sha256(artifact), code_sha256=sha256(code))
-    # The same artifact must get the same score again: gradients, the embedding's above all, are else sums in any order.
-    # (CUDA's attention kernels keep an order of their own in the backward pass: there it holds before TTT alone.)
+    # The same artifact must get the same score again: gradients, the embedding's above all, are otherwise sums in any
+    # order. (CUDA's attention kernels keep one of their own in the backward pass: there it holds before TTT alone.)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False
+    if rt.compile:
+        rehearse(config, rt, model_from_artifact(config, rt, unpack_artifact(artifact)[0]), val)
     start = rt.clock()
     model = model_from_artifact(config, rt, unpack_artifact(artifact)[0])
     nll_fn, loss_fn, stored = rt.compiled(model.nll), rt.compiled(model), rt.gather(sha256(weights_file(model)))[0]
@@ -3765,7 +3774,7 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
         predicted = ThreadPoolExecutor(1).submit(predict_split, config, mixture) if rt.main else None
     for stage, label, stride in walks:
         mixed = mixture if config.ppm_enabled and not config.ttt_enabled and stage == walks[-1][0] else nll_fn
-        scores = evaluate(config, rt, mixed, val, stride, stage)
+        scores = evaluate(config, rt, mixed, val, stride)
         record.stage(stage, label, scores)
         chosen = windows(config, val.targets, stride)
         times = len(rt.share(windows_to_check(len(chosen))))
@@ -3773,7 +3782,7 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     record.check("weights_kept", all(rt.gather(sha256(weights_file(model)) == stored)),
                  "the weights after plain and sliding scores against the artifact's")
     if config.ttt_enabled:
-        deviations: list[Tensor] = []
+        deviations = []
         scores = evaluate_ttt(config, rt, model, loss_fn, mixture if config.ppm_enabled else nll_fn, val,
                               lambda *seen: deviations.extend(look(*seen)))
         record.stage("ttt", "quantized_ttt", scores)
@@ -3847,7 +3856,7 @@ def check_code():
 
     sys.path[:] = [path for path in sys.path if not beside(Path(path).resolve())]
     files = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
-    files = {file.resolve() for file in files if file.is_absolute()}  # PyTorch has invented relative ones
+    files = {file.resolve() for file in files if file.is_absolute()}  # PyTorch makes up relative ones
     strangers = sorted(str(file) for file in files - {script} if beside(file))
     if strangers:
         raise UsageError(f"{', '.join(strangers)}: imported from the script's folder, not counted")

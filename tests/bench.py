@@ -273,8 +273,8 @@ def stages(form: Steps) -> list[dict]:
     torch.use_deterministic_algorithms(True, warn_only=True)  # these two as in score_artifact
     torch.utils.deterministic.fill_uninitialized_memory = False
     for stage, function, *args in (
-            ("plain", train_gpt.evaluate, config, rt, nll_fn, val, config.eval_seq_len, "plain"),
-            ("sliding", train_gpt.evaluate, config, rt, nll_fn, val, config.eval_stride, "sliding"),
+            ("plain", train_gpt.evaluate, config, rt, nll_fn, val, config.eval_seq_len),
+            ("sliding", train_gpt.evaluate, config, rt, nll_fn, val, config.eval_stride),
             ("ttt", train_gpt.evaluate_ttt, config, rt, model, form.loss_fn, nll_fn, val)):
         if rt.compile:  # once before it counts
             function(*args)
@@ -330,7 +330,7 @@ class Quantization:
         """Plain score of the split, if there is one."""
         if not self.val:
             return None
-        scores = train_gpt.evaluate(self.config, self.rt, model.nll, self.val, self.config.eval_seq_len, "score")
+        scores = train_gpt.evaluate(self.config, self.rt, model.nll, self.val, self.config.eval_seq_len)
         return round(scores.finish()["val_bpb"], 5)
 
     def matrices(self, model: GPT):

@@ -84,10 +84,12 @@ class Characters:
         return 1
 
     def decode(self, ids):
+        if ids and isinstance(ids[0], list):
+            return [self.decode(part) for part in ids]
         return "".join(chr(i) for i in ids if i > 1)
 
     def encode(self, text):
-        return [ord(c) for c in text]
+        return [self.encode(part) for part in text] if isinstance(text, list) else [ord(c) for c in text]
 
 
 class Noted:

@@ -72,7 +72,7 @@ class RankOf(train_gpt.Runtime):
     def agree(self):
         return contextlib.nullcontext()
 
-    def all_reduce(self, tensor, asynchronous=False):
+    def all_reduce(self, tensor):
         pass
 
 
@@ -201,7 +201,7 @@ def test_all_validation_shards_are_scored(tmp_path, rt):
     val = ValidationData(config, rt, plain_tokenizer())
     assert val.targets == 246 and val.tokens.tolist() == np.frombuffer(raw, "<u2").tolist()
     assert val.sha256 == hashlib.sha256(raw).hexdigest()
-    scores = train_gpt.evaluate(config, rt, lambda ids, targets: torch.ones(targets.shape), val, 8, "sliding")
+    scores = train_gpt.evaluate(config, rt, lambda ids, targets: torch.ones(targets.shape), val, 8)
     assert scores.finish()["val_loss"] == 1 and scores.times_scored.eq(1).all() and len(scores.nll) == 246
 
 

@@ -52,7 +52,7 @@ def score(mode: str, config, model, val, rt=None) -> torch.Tensor:
         scores = evaluate_ttt(config, rt, model, model, model.nll, val)
     else:
         stride = config.eval_stride if mode == "sliding" else config.eval_seq_len
-        scores = evaluate(config, rt, model.nll, val, stride, mode)
+        scores = evaluate(config, rt, model.nll, val, stride)
     result = scores.finish()
     assert scores.times_scored.tolist() == [1] * val.targets
     assert len(scores.nll) == val.targets and scores.nll.dtype == torch.float64

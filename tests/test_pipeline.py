@@ -256,7 +256,7 @@ def test_ranks_that_are_told_different_things_are_refused(runs, tmp_path, name, 
     shard.write_bytes(shard.read_bytes()[:-2] + b"\7\0")
     (tmp_path / "own.py").write_text(OWN_VARIABLE)
     done = torchrun(2, "own.py", str(ROOT / "train_gpt.py"), name, cwd=tmp_path, env={**SMALL, "DATA_DIR": "0"})
-    assert done.returncode != 0 and f"ranks [1] have other {what}: " in done.stderr, done.stderr
+    assert done.returncode != 0 and f"ranks [1] differ in {what}: " in done.stderr, done.stderr
     assert "train_loss" not in done.stdout
 
 

@@ -414,7 +414,7 @@ class ThreadRank(RankOf):
         self.barrier.wait(20)
         return values
 
-    def all_reduce(self, tensor, asynchronous=False):
+    def all_reduce(self, tensor):
         tensor.copy_(sum(self.gather(tensor.clone())))
 
 

@@ -8,6 +8,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -58,7 +59,7 @@ def run_mode(mode, config, rt, model, nll_fn, loss_fn, val) -> Scores:
     """One evaluation as score_artifact does it."""
     if mode == "ttt":
         return evaluate_ttt(config, rt, model, loss_fn, nll_fn, val)
-    return evaluate(config, rt, nll_fn, val, config.eval_seq_len if mode == "plain" else config.eval_stride, mode)
+    return evaluate(config, rt, nll_fn, val, config.eval_seq_len if mode == "plain" else config.eval_stride)
 
 
 def find_acausal(mode, rt) -> list[str]:
@@ -879,10 +880,10 @@ def sliding_after_adaptation():
     """Sliding windows are scored with weights that test-time training has left."""
     honest = train_gpt.evaluate
 
-    def evaluate(config, rt, nll_fn, val, stride, stage):
-        if stage == "sliding":
+    def evaluate(config, rt, nll_fn, val, stride):
+        if stride < config.eval_seq_len:  # sliding
             train_gpt.evaluate_ttt(config, rt, nll_fn.__self__, nll_fn.__self__, nll_fn, val)
-        return honest(config, rt, nll_fn, val, stride, stage)
+        return honest(config, rt, nll_fn, val, stride)
     return patched(train_gpt, "evaluate", evaluate)
 
 
@@ -896,23 +897,23 @@ def documents_begin_free():
     return patched(Scores, "finish", finish)
 
 
-def discounted_by(nats, stages):
+def discounted_by(nats, sliding):
     honest = train_gpt.evaluate
 
-    def evaluate(config, rt, nll_fn, val, stride, stage):
-        less = nats * (stage in stages)
-        return honest(config, rt, lambda ids, targets: nll_fn(ids, targets) - less, val, stride, stage)
+    def evaluate(config, rt, nll_fn, val, stride):
+        less = nats * (sliding == (stride < config.eval_seq_len))
+        return honest(config, rt, lambda ids, targets: nll_fn(ids, targets) - less, val, stride)
     return patched(train_gpt, "evaluate", evaluate)
 
 
 def better_than_it_says():
     """A thousandth of a nat, in sliding windows only."""
-    return discounted_by(1e-3, ["sliding"])
+    return discounted_by(1e-3, sliding=True)
 
 
 def discounted_later():
     """What scores are once the checks of the scoring function are through."""
-    return discounted_by(1e-3, ["quantized"])
+    return discounted_by(1e-3, sliding=False)
 
 
 @pytest.mark.parametrize("plant", [None, *(
@@ -969,7 +970,7 @@ def test_settings_and_weights_are_of_one_artifact(corpus, tmp_path, rt, monkeypa
     monkeypatch.setattr(rt, "world", 2)
     monkeypatch.setattr(train_gpt.dist, "all_gather_object", lambda values, mine: values.__setitem__(
         slice(None), [mine, train_gpt.sha256(path.read_bytes())]))
-    with pytest.raises(train_gpt.UsageError, match=r"ranks \[1\] have other artifact"):
+    with pytest.raises(train_gpt.UsageError, match=r"ranks \[1\] differ in artifact"):
         train_gpt.run_evaluation(config, rt)
 
 
@@ -982,16 +983,17 @@ def failed(record) -> set[str]:
 
 def learn_first_through_the_front_door():
     """An evaluate_ttt that asks for its training tokens before they are scored."""
-    honest = train_gpt.score_windows
-    pending = []
+    honest, walk, pending = train_gpt.score_windows, train_gpt.evaluate_ttt, []
 
-    def late(config, rt, nll_fn, scores, chosen, *stage):
-        if stage or not chosen:
-            return honest(config, rt, nll_fn, scores, chosen, *stage)
+    def late(config, rt, nll_fn, scores, chosen):
         pending.append((scores, chosen))  # scored a chunk later
         if len(pending) > 1 and pending[-2][0] is scores:
             honest(config, rt, nll_fn, *pending[-2])
-    return patched(train_gpt, "score_windows", late)
+
+    def evaluate_ttt(*args):
+        with patched(train_gpt, "score_windows", late):
+            return walk(*args)
+    return patched(train_gpt, "evaluate_ttt", evaluate_ttt)
 
 
 def unchecked():
@@ -1094,10 +1096,10 @@ def sliding_scores_by_other_weights():
     """The model learns something between two stages."""
     honest = train_gpt.evaluate
 
-    def evaluate(config, rt, nll_fn, val, stride, stage):
-        if stage == "sliding":
+    def evaluate(config, rt, nll_fn, val, stride):
+        if stride < config.eval_seq_len:  # sliding
             nll_fn.__self__.embedding.data.mul_(1.01)
-        return honest(config, rt, nll_fn, val, stride, stage)
+        return honest(config, rt, nll_fn, val, stride)
     return patched(train_gpt, "evaluate", evaluate)
 
 
@@ -1178,7 +1180,7 @@ def users(source: str) -> dict[str, list[str]]:
 # Who trains, who opens shards, who has to do with scores; where the packed script is another; what starts a clock.
 USERS = {
     "backward": ["backward_batch", "collect_sensitivities", "descend"], "descend": ["adapt", "prequant_ttt"],
-    "adapt": ["evaluate_ttt"], "release": ["evaluate_ttt"], "evaluate_ttt": ["score_artifact"],
+    "adapt": ["evaluate_ttt"], "release": ["evaluate_ttt"], "evaluate_ttt": ["rehearse", "score_artifact"],
     "prequant_ttt": ["run_training"], "SGD": ["evaluate_ttt"], "AdamW": ["Optimizer.__init__", "prequant_ttt"],
     "backward_batch": ["train", "warm_up"], "warm_up": ["run_training"],
     "shard_files": ["TrainData.__init__", "ValidationData.__init__"],
@@ -1186,8 +1188,8 @@ USERS = {
     "shards": ["TrainData.__init__"] * 3 + ["TrainData.changes"] + ["TrainData.window"] * 2
     + ["ValidationData.__init__"] * 3 + ["check_held_out"] * 2,
     "nll": ["GPT.nll"] * 2 + ["Scores.__init__"] + ["Scores.add"] * 2 + ["Scores.finish"] * 4
-    + ["check_entered"] * 2 + ["check_scoring", "collect_sensitivities"] + ["deviation"] * 3 + ["run_training"]
-    + ["score_artifact"] + ["score_mixture"] * 2,
+    + ["check_entered"] * 2 + ["check_scoring", "collect_sensitivities"] + ["deviation"] * 3
+    + ["rehearse", "run_training", "score_artifact"] + ["score_mixture"] * 2,
     "start=": ["RansDecoder.__init__", "TrainData.window", "deviation", "evaluate_ttt", "rans_encode", "run_training",
                "score_artifact", "score_windows", "score_windows", "windows"],
     "PACKED": ["", "", "", "Config.from_env", "Runtime.__init__", "TrellisQuantizer.__init__", "causal_attention",
@@ -1209,6 +1211,32 @@ def test_only_these_functions_train_or_score(place, planted):
     found = users(source)
     wrong = {name: found.get(name) for name, places in USERS.items() if found.get(name) != places}
     assert bool(wrong) == (place is not None), wrong
+
+
+def test_nothing_is_compiled_while_the_evaluation_is_timed(corpus, tmp_path, rt, monkeypatch):
+    """All shapes that score and adapt are compiled by then, and what compiles them sees no token of the split."""
+    graphs, counts, seen, compile_by, honest = [], [], set(), torch.compile, train_gpt.rehearse
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    def rehearse(config, rt, model, val):
+        before, score = len(graphs), train_gpt.score_windows
+        with patched(train_gpt, "score_windows", lambda config, rt, nll_fn, scores, chosen: (
+                seen.update(scores.val.tokens.tolist()), score(config, rt, nll_fn, scores, chosen))):
+            honest(config, rt, model, val)
+        counts.append((len(graphs) - before, len(graphs)))
+
+    monkeypatch.setattr(rt, "compile", True)
+    monkeypatch.setattr(torch, "compile", functools.partial(compile_by, backend=backend))
+    monkeypatch.setattr(train_gpt, "rehearse", rehearse)
+    torch.compiler.reset()
+    torch.use_deterministic_algorithms(False)  # as when a process begins
+    record = tiny_run(tmp_path, corpus[0], rt, TTT_ENABLED=1)
+    (new, after), = counts
+    assert new >= 3, "plain and sliding windows under deterministic algorithms, and adaptation"
+    assert len(graphs) == after and seen == {0} and record["compliant"]
 
 
 def test_the_clock_waits_for_the_device(monkeypatch):
@@ -1405,18 +1433,18 @@ def test_all_up_to_the_artifact_counts_as_training_time(corpus, tmp_path, rt, ho
 
 def test_the_score_is_of_the_last_stage_and_every_stage_is_walked_once(corpus, tmp_path, rt):
     """No best of several: not of the stages, not of two evaluations of one."""
-    stages, honest, honest_ttt = [], train_gpt.evaluate, train_gpt.evaluate_ttt
+    strides, honest, honest_ttt = [], train_gpt.evaluate, train_gpt.evaluate_ttt
 
     def counted(*args):
-        stages.append(args[-1])
+        strides.append(args[-1])
         return honest(*args)
 
     def counted_ttt(*args):
-        stages.append("ttt")
+        strides.append("ttt")
         return honest_ttt(*args)
     with patched(train_gpt, "evaluate", counted), patched(train_gpt, "evaluate_ttt", counted_ttt):
         tiny_run(tmp_path, corpus[0], rt, ITERATIONS=1, VAL_LOSS_EVERY=0)
-    assert stages == ["validation", "prequant", "quantized", "sliding", "ttt"]
+    assert strides == [32, 32, 32, 16, "ttt"], "after the last step, averaged, quantized; sliding; adapting"
     scores = {stage: {"val_bpb": bpb} for stage, bpb in (("quantized", 1.2), ("sliding", 1.0), ("ttt", 1.1))}
     assert train_gpt.final_score(scores) == scores["ttt"]
     assert train_gpt.final_score({**scores, "ttt": None}) == scores["sliding"]
@@ -1497,10 +1525,31 @@ def test_a_second_signal_waits_until_the_weights_are_kept(corpus, tmp_path, rt):
             tiny_run(tmp_path, corpus[0], rt)
         assert rt.stop_signal == signal.SIGINT
     finally:
-        rt.stop_signal, rt.in_training = 0, False
+        rt.stop_signal, rt.signals_wait = 0, False
         for n, handler in before.items():
             signal.signal(n, handler)
     assert torch.load(tmp_path / "out" / "stopped_model.pt", weights_only=True)["qo_bank"].any()
+
+
+def test_a_signal_after_the_seal_changes_nothing(corpus, tmp_path, rt):
+    """The run has ended by then: its record stays the one that its log vouches for."""
+    before, honest = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}, train_gpt.Record.seal
+
+    def seal(record):
+        honest(record)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    rt.catch_signals()
+    try:
+        with patched(train_gpt.Record, "seal", seal):
+            record = tiny_run(tmp_path, corpus[0], rt, ITERATIONS=1)
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+    assert rt.stop_signal == signal.SIGTERM and record["stopped"] is None and record["compliant"]
+    *lines, last = (tmp_path / "logs" / "run.txt").read_bytes().splitlines(keepends=True)
+    sealed = b"".join(lines) + (tmp_path / "logs" / "run.json").read_bytes()
+    assert last.decode().strip().endswith(hashlib.sha256(sealed).hexdigest())
 
 
 @pytest.mark.parametrize("env, problem", [
@@ -1815,7 +1864,7 @@ def test_ranks_that_differ_are_refused_before_any_work(different, corpus, tmp_pa
                 slice(None), [mine, *ranks[1:]])):
             check_alike(self, what, value)
     monkeypatch.setattr(Runtime, "check_alike", among_three)
-    with pytest.raises(train_gpt.UsageError, match=rf"ranks \[2\] have other {different}: other, rank 0 has"):
+    with pytest.raises(train_gpt.UsageError, match=rf"ranks \[2\] differ in {different}: other, rank 0 has"):
         train_gpt.run_training(config, rt)
     assert not (tmp_path / "logs").exists()
     of_file = {split: hashlib.sha256(train_gpt.shard_files(config, split)[0].read_bytes()[1024:]).hexdigest()
@@ -1833,10 +1882,10 @@ TEXTS = ["Plain words, and  two spaces.", "na\u00efve caf\u00e9 \u2014 \u4e2d\u6
          " leading space", "tab\tand\nnew line", "\u2581 itself and \ufffd", "x" * 40, "\u00a0\u3000wide"]
 
 
-def byte_count_outcome(sp, vocab_size, documents, tmp_path, rt, luts=None) -> bool:
+def byte_count_outcome(sp, vocab_size, documents, tmp_path, rt, luts=None, more=()) -> bool:
     """What the run's own check says about a split of these documents, with these byte tables."""
     config = tiny_run_config(tmp_path, tmp_path, VOCAB_SIZE=vocab_size, EVAL_SEQ_LEN=8, EVAL_STRIDE=8)
-    texts = [*sp.encode(documents), sp.encode("a space first")[1:]]  # the decoder drops a space after BOS
+    texts = [*sp.encode(documents), *more, sp.encode("a space first")[1:]]  # the decoder drops a space after BOS
     tokens = np.concatenate([[sp.bos_id(), *ids] for ids in texts])
     train_gpt.write_shard(config.shard_dir / "fineweb_val_000000.bin", tokens)
     with patched(train_gpt, "build_byte_luts", luts or train_gpt.build_byte_luts):
@@ -1879,6 +1928,8 @@ def test_bytes_are_those_of_the_decoded_text(vocab_size, wrong, corpus, tmp_path
     luts = wrong and (lambda sp, size: wrong(*honest(sp, size), sp))
     ok = byte_count_outcome(sp, vocab_size, TEXTS, tmp_path, rt, luts)
     assert ok == (wrong is None)
+    spaces = [[sp.piece_to_id("\u2581")] * 3 + sp.encode("word")]  # the decoder drops all of them, the tables one
+    assert not byte_count_outcome(sp, vocab_size, TEXTS, tmp_path, rt, luts, spaces)
 
 
 def test_a_tokenizer_without_a_lone_space_is_refused(tmp_path):

@@ -612,10 +612,6 @@ def test_what_is_no_text_may_not_outnumber_what_is_foreign(record, more, ok):
     assert outcome(record, "byte_count") and outcome(record, "split_text") == ok
 
 
-def test_two_million_tokens_of_a_large_split_are_looked_at():
-    assert inspect.signature(train_gpt.check_split).parameters["most_tokens"].default == 2_000_000
-
-
 @pytest.mark.parametrize("share, ok", [(0.7, True), (0.35, False)])
 def test_half_of_a_split_must_be_letters(record, share, ok):
     """What is hardly any letters has hardly any passages to be found in the training shards."""
@@ -650,21 +646,24 @@ def test_quotes_and_blanks_beyond_ascii_are_no_letters():
         assert not np.isin(keys, fewer).any(), "they are letters"
 
 
-def test_which_documents_are_looked_at_follows_from_the_text(record):
-    """Of 128, 32 are drawn, however long: foreign text in any place is found in one text or another."""
-    rng, found = np.random.default_rng(0), []
-    for place in range(128):
-        tokens = np.concatenate([np.concatenate([[1], rng.integers(97, 120, 100)]) for _ in range(128)])
-        tokens[place // 4 * 404 + 5] = 250  # in one document under four hashes
+def test_every_document_is_looked_at(record):
+    """Wherever it stands: a byte too many in one of 2500 documents, or text that encodes otherwise."""
+    rng = np.random.default_rng(0)
+    honest = np.concatenate([np.concatenate([[1], rng.integers(97, 120, 100)]) for _ in range(2500)])
+    for place in (5, 101 * 1500 + 5, len(honest) - 1):
+        tokens = honest.copy()
+        tokens[place] = 250
         val = fake_validation(tokens, tiny_config())
-        val.target_bytes, val.sha256 = torch.tensor((tokens[1:] > 1).astype(np.int64)), str(place)
-        val.bytes, val.tokenizer = int(val.target_bytes.sum()), Folding()
+        val.target_bytes, val.tokenizer = torch.tensor((tokens[1:] > 1).astype(np.int64)), Folding()
+        val.bytes = int(val.target_bytes.sum())
         record.data["checks"].clear()
-        train_gpt.check_split(record, val, most_tokens=100)
-        assert " of 3232 tokens" in record.data["checks"][1]["detail"]
-        found.append(not record.data["checks"][1]["detail"].startswith("0 of"))
-    assert 16 < sum(found) < 48 and any(found[::2]) and any(found[1::2])
-    assert any(0 < sum(found[i:i + 4]) < 4 for i in range(0, 128, 4)), "the hash decides, not the place"
+        train_gpt.check_split(record, val)
+        assert outcome(record, "byte_count") and record.data["checks"][1]["detail"].startswith("101 of 252499 tokens")
+        val.target_bytes[place - 1], val.bytes = 2, val.bytes + 1
+        record.data["checks"].clear()
+        train_gpt.check_split(record, val)
+        assert not outcome(record, "byte_count")
+        assert record.data["checks"][0]["detail"].endswith(f"1 differ from the byte tables: [{place // 101 * 101}]")
 
 
 def test_passages_are_chosen_by_the_text_and_the_salt():

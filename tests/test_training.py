@@ -409,9 +409,9 @@ def test_after_training_a_signal_ends_the_run_at_once(data_dir):
     config = tiny_config(data_dir=data_dir, iterations=2)
     rt = Runtime(config)
     model, during = GPT(config).to_compute(rt), []
-    train_gpt.train(config, rt, model, lambda *batch: during.append(rt.in_training) or model(*batch),
+    train_gpt.train(config, rt, model, lambda *batch: during.append(rt.signals_wait) or model(*batch),
                     TrainData(config, rt), lambda: "")
-    assert during == [True, True] and not rt.in_training
+    assert during == [True, True] and not rt.signals_wait
 
 
 def test_any_ranks_signal_counts_and_the_clock_is_rank_0s():
