@@ -1,7 +1,38 @@
 """RULES.md, row by row: what makes a score count. Beside each check stands a violation that it must catch.
 
 The four conditions go through the real evaluation code, in all modes, on one rank and on two (this file, run as a
-script by torchrun, is then each rank's program).
+script by torchrun, is then each rank's program). Rule or public failure: its tests, here and beside here.
+
+    16,000,000 bytes (#1809): test_a_submission_over_the_cap_is_not_compliant, test_the_code_counts_in_the_fit
+    the artifact alone, no network: test_packed_script_scores_the_artifact_alone, test_nothing_outside_is_needed
+    600 s of training: test_no_time_is_free, test_all_up_to_the_artifact_counts_as_training_time
+    600 s of evaluation: test_no_time_is_free, test_all_from_the_artifact_on_counts_as_evaluation_time
+    0.005 nats, p < 0.01, three seeds: test_the_standing_record_must_be_beaten_by_five_millinats
+    a submission's folder: test_a_records_folder_is_ready_for_a_pull_request
+    Python 3.10 (#1541): test_the_packed_script_parses_on_python_310
+    causal, normalized, score before update, single pass (#1017): test_conditions_on_one_rank,
+        test_conditions_on_two_ranks, test_conditions_in_every_preset, test_the_run_notices_a_violation_by_itself
+    fine-tuning on validation tokens before they are scored (#1376, #1487, #1517):
+        test_fine_tuning_on_what_is_scored_later_is_marked_everywhere, test_training_never_looks_at_validation_tokens
+    tokens scored again after training on them (#991): test_conditions_on_one_rank,
+        test_the_score_is_of_the_last_stage_and_every_stage_is_walked_once
+    warm-up on validation tokens (#1530), calibration on them (#1919): test_training_never_looks_at_validation_tokens
+    a space counted twice (#1545, #1719), byte pieces as three bytes (#1184, #1271):
+        test_bytes_are_those_of_the_decoded_text, test_every_document_is_looked_at
+    a tokenizer without a lone space (#897): test_a_tokenizer_without_a_lone_space_is_refused
+    a smear across documents (#1797, #1851): test_no_smear_across_a_document_boundary
+    a blend that sums to 277 (#886, #978): test_conditions_on_one_rank, test_a_distribution_must_add_up_to_one
+    a token's probability spread over its bytes (#1835, #1858, #1877): test_mixture_is_a_distribution_over_the_real_vocabulary,
+        test_the_mixtures_figure_is_what_its_shares_make, test_a_byte_mixture_stands_beside_the_neural_score
+    a subset as the split (#1858), a window left out (#2014): test_a_split_is_read_whole,
+        test_dropped_tail_is_not_compliant
+    time that GPTQ took beyond the reserve (#1541): test_all_up_to_the_artifact_counts_as_training_time
+    a script that overwrites itself (#1858): test_the_running_script_is_never_overwritten,
+        test_later_seeds_pack_the_same_code
+    submission, README and logs that disagree (#1517, #1858): test_settings_in_the_record_are_the_settings_in_force,
+        test_what_ran_is_told_from_the_records, test_contest_runs_are_averaged_with_worst_case_bytes
+    flags for dead code (#1541): test_no_flag_for_dead_code
+    a binary from elsewhere (#1855): test_nothing_outside_is_needed
 """
 import ast
 import collections
@@ -1194,6 +1225,17 @@ USERS = {
                "score_artifact", "score_windows", "score_windows", "windows"],
     "PACKED": ["", "", "", "Config.from_env", "Runtime.__init__", "TrellisQuantizer.__init__", "causal_attention",
                "check_folders", "main", "main", "pack_source"]}
+
+
+def test_every_rule_has_a_test():
+    """The table above names tests that there are, and every failure that RULES.md knows."""
+    tests = {node.name for path in Path(__file__).parent.glob("test_*.py") for node in ast.parse(path.read_text()).body
+             if isinstance(node, ast.FunctionDef)}
+    rows = re.findall(r"^    (\S.+?):((?:\s+test_\w+,?)+)$", __doc__, re.MULTILINE)
+    assert len(rows) > 20 and {name for _, names in rows for name in re.findall(r"\w+", names)} <= tests
+    assert {*re.findall(r"test_\w+", __doc__)} == {name for _, names in rows for name in re.findall(r"\w+", names)}
+    if (SHARED / "RULES.md").is_file():
+        assert {*re.findall(r"#\d+", (SHARED / "RULES.md").read_text())} <= {*re.findall(r"#\d+", __doc__)}
 
 
 @pytest.mark.parametrize("place, planted", [
