@@ -22,8 +22,9 @@ script by torchrun, is then each rank's program). Rule or public failure: its te
     a tokenizer without a lone space (#897): test_a_tokenizer_without_a_lone_space_is_refused
     a smear across documents (#1797, #1851): test_no_smear_across_a_document_boundary
     a blend that sums to 277 (#886, #978): test_conditions_on_one_rank, test_a_distribution_must_add_up_to_one
-    a token's probability spread over its bytes (#1835, #1858, #1877): test_mixture_is_a_distribution_over_the_real_vocabulary,
-        test_the_mixtures_figure_is_what_its_shares_make, test_a_byte_mixture_stands_beside_the_neural_score
+    a token's probability spread over its bytes (#1835, #1858, #1877):
+        test_mixture_is_a_distribution_over_the_real_vocabulary, test_the_mixtures_figure_is_what_its_shares_make,
+        test_a_byte_mixture_stands_beside_the_neural_score
     a subset as the split (#1858), a window left out (#2014): test_a_split_is_read_whole,
         test_dropped_tail_is_not_compliant
     time that GPTQ took beyond the reserve (#1541): test_all_up_to_the_artifact_counts_as_training_time
