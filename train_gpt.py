@@ -10,7 +10,7 @@ split, from code and weights of at most 16,000,000 bytes, trained in 600 s and s
 The file is read from top to bottom, as the data goes through it; each room uses only the rooms above it.
 
      1  Config        every setting: type, default, range, meaning; presets
-     2  Runtime       ranks, device, collectives, log, progress, compiled C
+     2  Runtime       ranks, device, collectives, log, progress, files, compiled C
      3  Data          byte tables, shards, training order, validation split, embedded corpus
      4  Model         virtual layers, rotary attention, lanes, skips, softcapped loss
      5  Optimizer     Newton-Schulz, banked Muon, AdamW, schedules, EMA and SWA
@@ -89,7 +89,8 @@ class UsageError(ValueError):
     """Bad input, found before any work is done; the message names what is wrong and what is allowed."""
 
 
-def setting(room, default, meaning="", low=None, high=None, choices=None):
+def setting(room: str, default: object, meaning: str = "", low: float | None = None, high: float | None = None,
+            choices: tuple[str, ...] | None = None) -> dataclasses.Field:
     """Declare one setting: the room it belongs to, default, meaning and allowed values (bounds included)."""
     return dataclasses.field(default=default, metadata={"room": room, "meaning": meaning, "low": low, "high": high,
                                                         "choices": choices})
@@ -430,7 +431,7 @@ def assignments(values: Mapping[str, object]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Runtime: ranks, device, collectives, log, progress and compiled C: what every later room leans on
+# 2. Runtime: ranks, device, collectives, log, progress, files and compiled C: what every later room leans on
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -548,7 +549,7 @@ class Runtime:
         """This rank's contiguous share of `items`; the shares of all ranks are disjoint and cover them."""
         return range(items * self.rank // self.world, items * (self.rank + 1) // self.world)
 
-    def own(self, items):
+    def own(self, items: Sequence | Tensor) -> Sequence | Tensor:
         """Take this rank's share of a list or of a tensor's first dimension (a view)."""
         share = self.share(len(items))
         return items[share.start:share.stop]
@@ -612,6 +613,25 @@ def end_process(code: int):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def sha256(data: bytes | np.ndarray) -> str:
+    """Hexadecimal SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def write_files(files: Mapping[Path, bytes]):
+    """Write files whole or not at all: old ones stay until all the new ones are complete."""
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
+    try:
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary[path].write_bytes(data)
+        for path in files:
+            os.replace(temporary[path], path)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
 
 
 @functools.cache
@@ -874,30 +894,11 @@ class ValidationData:
         return total_nats / math.log(2) / self.bytes
 
 
-def sha256(data: bytes | np.ndarray) -> str:
-    """Hexadecimal SHA-256."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def write_shard(path: Path, tokens: np.ndarray):
     """Write tokens in the contest's shard format, under a temporary name until it is whole."""
     header = np.zeros(SHARD_HEADER_BYTES // 4, dtype="<i4")
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     write_files({path: header.tobytes() + tokens.astype("<u2").tobytes()})
-
-
-def write_files(files: Mapping[Path, bytes]):
-    """Write files whole or not at all: old ones stay until all the new ones are complete."""
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
-    try:
-        for path, data in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary[path].write_bytes(data)
-        for path in files:
-            os.replace(temporary[path], path)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def write_embedded_corpus(config: Config):
@@ -1073,7 +1074,7 @@ class SoftcapCrossEntropy(torch.autograd.Function):
         return total / len(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Scale the gradients made in forward."""
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad, grad_weight * grad, None, None
@@ -1216,7 +1217,7 @@ class GPT(nn.Module):
         hidden = SquaredLeakyReLU.apply(self.project(x, w.up, f"mlp_in.{layer}"))
         return self.project(hidden, w.down, f"mlp_hidden.{layer}")
 
-    def block(self, lanes: list[Tensor], x0: Tensor, w: LayerWeights, v: VirtualLayer, rope,
+    def block(self, lanes: list[Tensor], x0: Tensor, w: LayerWeights, v: VirtualLayer, rope: tuple[Tensor, Tensor],
               values: Tensor | None) -> list[Tensor]:
         """Run one physical layer on one residual stream or on two lanes, each [B, T, D]."""
         layer, depth = v.layer, 1 / math.sqrt(v.layer + 1) if self.config.ln_scale else 1.0
@@ -1379,7 +1380,8 @@ class Optimizer:
         for grad in (*slices, self.small_grads):
             grad.mul_(factor).nan_to_num_(0.0, 0.0, 0.0)
 
-    def muon_update(self, grad: Tensor, buffer: Tensor, whole: Tensor, momentum: float):
+    def muon_update(self, grad: Tensor, buffer: Tensor, whole: Tensor,
+                    momentum: float) -> tuple[Tensor, dist.Work]:
         """Orthogonalize the own slice's Nesterov momentum; return all slices' updates and the gathering under way."""
         buffer.mul_(momentum).add_(grad)
         update = grad.add(buffer, alpha=momentum)
@@ -1649,7 +1651,8 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
             for ids, targets in zip(*(t.split(-(-len(t) // 4)) for t in batch)):  # uncompiled, so it needs more memory
                 model.nll(ids, targets).sum().backward()
                 tokens += ids.numel()
-    del model.requires_grad_(True).project
+    del model.project
+    model.requires_grad_(True)
     for total in sums.values():
         rt.all_reduce(total)
         total /= tokens * rt.world
@@ -1858,7 +1861,7 @@ def column_steps(step: Tensor, columns: Tensor) -> Tensor:
 
 
 class TrellisQuantizer:
-    """Quantizes all matrices at one price of bits.
+    """Quantizes all matrices with steps that have one factor in common.
 
     Rate allocation by reverse water-filling: with each matrix's Hessian times (nearly) its sensitivity, an error costs
     error^2 / diagonal(U)^2 at every entry, U being GPTQ's factor, so every column's step is in proportion to
@@ -1869,7 +1872,7 @@ class TrellisQuantizer:
     """
 
     def __init__(self, rt: Runtime, model: GPT, hessians: dict[str, Tensor], sensitivities: dict[str, Tensor]):
-        """Sort out this rank's matrices and find the mean spread of all weights in steps of price 0."""
+        """Sort out this rank's matrices and find the mean spread of all weights in steps of factor 1."""
         self.rt, self.small, self.parts, sites = rt, small_tensors(model), [], model.matrix_sites()
         self.rounding = round_paths if PACKED else trellis_rounding(rt)
         self.weights, spreads = 0, torch.zeros((), dtype=torch.float64)
@@ -1891,13 +1894,13 @@ class TrellisQuantizer:
         self.weights = max(self.weights, 1)  # a very small model may have none to quantize
         self.mean_spread = float(spreads) / self.weights
 
-    def price_of(self, bits: float) -> float:
-        """About the log2 of the common factor of all steps at which a weight takes `bits`: a Gaussian's entropy."""
+    def log_step_for(self, bits: float) -> float:
+        """About the log2 of that factor at which a weight takes `bits`: a Gaussian's entropy."""
         return self.mean_spread + 1.05 - bits  # log2(2 pi e) / 2 less one: a unit of the index is two steps
 
     @torch.no_grad()
-    def quantize(self, price: float) -> dict[str, Tensor]:
-        """Make the artifact's tensors, on the CPU, with steps of 2^price * diagonal(U).
+    def quantize(self, log_step: float) -> dict[str, Tensor]:
+        """Make the artifact's tensors, on the CPU, with steps of 2^log_step * diagonal(U).
 
         A quantized parameter P of shape [..., out, in] becomes `P.q` (int32 [matrices, out, in], multiples of steps),
         `P.columns` (int8, exponents of the columns' steps), `P.step` (fp32, one per matrix) and `P.rows` (int8,
@@ -1910,12 +1913,12 @@ class TrellisQuantizer:
             side = [torch.zeros(len(weight), n) for n in (1, weight.size(2), weight.size(1))]
             if len(own):
                 mean, variance = mean_diagonal(hessian), own.var(-1).mean(-1, keepdim=True).clamp_min(1e-30)
-                cost = 0.16 * 4**price / variance  # measured; an error's mean square is 0.27 of a squared step
+                cost = 0.16 * 4**log_step / variance  # measured; an error's mean square is 0.27 of a squared step
                 factor = error_factor(hessian, torch.clamp(cost.to(mean), 1e-4 * mean, mean))
                 factor = ErrorFactor(*(t.cpu() for t in factor))
                 levels = factor.log2_diagonal()
                 level = levels.mean(-1, keepdim=True)
-                step = torch.exp2(level + price)
+                step = torch.exp2(level + log_step)
                 columns = (STEPS_PER_OCTAVE * (levels - level)).round_().clamp_(-128, 127).to(torch.int8)
                 integers = round_with_feedback(own, factor, column_steps(step[:, 0], columns), self.rounding)
                 rows = STEPS_PER_OCTAVE * (own.std(-1).clamp_min(1e-30).log2() - step.log2())
@@ -2265,27 +2268,27 @@ def fit_artifact(config: Config, rt: Runtime, quantizer: TrellisQuantizer, most_
     """Make the artifact that comes nearest to `most_bytes` from below; the bytes are rank 0's, others get none.
 
     The sizes are those of whole artifacts, and a step twice as coarse saves a bit per weight: a few secant steps on the
-    common price of all steps are enough. Raises RunStopped if even the coarsest steps take too much.
+    common factor of all steps are enough. Raises RunStopped if even the coarsest steps take too much.
     """
-    aim, finest = most_bytes * (1 - 2.5e-4), quantizer.price_of(MOST_BITS)
-    price, best, before = quantizer.price_of(min(8 * aim / quantizer.weights, MOST_BITS)), None, None
+    aim, finest = most_bytes * (1 - 2.5e-4), quantizer.log_step_for(MOST_BITS)
+    log_step, best, before = quantizer.log_step_for(min(8 * aim / quantizer.weights, MOST_BITS)), None, None
     for _ in range(12):
-        tensors = quantizer.quantize(price)
+        tensors = quantizer.quantize(log_step)
         artifact = pack_artifact(tensors, artifact_header(config)) if rt.main else b""
         size = rt.gather(len(artifact))[0]
         slope = -0.93 * quantizer.weights / 8  # some weights have no bit left to save
-        rt.log(f"fit: steps of 2^{price:.4f} make {size} of {most_bytes} bytes")
+        rt.log(f"fit: steps of 2^{log_step:.4f} make {size} of {most_bytes} bytes")
         if size <= most_bytes:
             best = artifact if best is None else max(best, artifact, key=len)
-            if size >= most_bytes * (1 - 5e-4) or price <= finest:
+            if size >= most_bytes * (1 - 5e-4) or log_step <= finest:
                 return best
         if before:
-            secant = (size - before[1]) / (price - before[0])
+            secant = (size - before[1]) / (log_step - before[0])
             slope = min(max(secant, 1.3 * slope), 0.02 * slope)
-        before = price, size
+        before = log_step, size
         # 16 octaves coarser, all is rounded to zero, well inside fp32's range
-        price = min(max(price + (aim - size) / slope, finest), finest + 16)
-        if price == before[0]:
+        log_step = min(max(log_step + (aim - size) / slope, finest), finest + 16)
+        if log_step == before[0]:
             break
     if best is None:
         raise RunStopped(f"TARGET_BYTES={config.target_bytes} cannot be reached: the coarsest steps make {size} bytes "
@@ -2534,14 +2537,14 @@ PPM_SOURCE = r"""
 #include <math.h>
 #include <stdint.h>
 
-enum { ORDER = 5, SYMBOLS = 11 };
+enum { ORDER = 5, PER_PAGE = 11 };
 typedef uint64_t u64;
 
 /* A context of order 0 or 1: what followed it. A symbol counted c times weighs 2c - 1. */
 typedef struct { uint32_t weight[256], sum, distinct, most; } Short;
 /* A longer one: the first 11 symbols that followed, in order of appearance; the next 11 are on its page 1, and so on.
    The key of a free page is 0. */
-typedef struct { u64 key; uint32_t weight[SYMBOLS]; uint8_t symbol[SYMBOLS], used; } Page;
+typedef struct { u64 key; uint32_t weight[PER_PAGE]; uint8_t symbol[PER_PAGE], used; } Page;
 /* History: the last byte is the lowest. Of the short contexts, the first is of order 0. */
 typedef struct { Short *shorts; Page *pages; int bits; u64 *used, *history; } Model;
 
@@ -2600,7 +2603,7 @@ static double predict(const Model *m, int byte, const u64 *set, double *confiden
                 most = weight > most ? weight : most;
             }
             distinct += page->used;
-            if (page->used < SYMBOLS)
+            if (page->used < PER_PAGE)
                 break;
         }
         double all = sum + distinct;
@@ -2619,7 +2622,7 @@ static void update(Model *m, int byte) {
         Page *page = find(m, key);
         int i = 0;
         while (i < page->used && page->symbol[i] != byte)
-            if (++i == SYMBOLS)
+            if (++i == PER_PAGE)
                 i = 0, page = find(m, key += 2);
         known = i < page->used;
         if (!page->key && *m->used >= 3ull << m->bits >> 2)
@@ -3045,7 +3048,6 @@ def pack_source(source: bytes, config: Config) -> bytes:
     return compress_source(source, tuple((name, getattr(config, name)) for name in PACKED_FOR))
 
 
-FINEWEB_VAL_BYTES = 151_080_891  # 50,000 documents
 PUBLIC_NAMES = {"Config", "from_env", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact",
                 "SOURCE", "main", "__file__", "__name__"}
 
@@ -3402,16 +3404,18 @@ def results_table(records: list[dict]) -> str:
     return "\n".join(rows)
 
 
+FINEWEB_VAL_BYTES, FINEWEB_TARGETS = 151_080_891, 40_540_802  # 50,000 documents, the contest's 8192 pieces
+
+
 def is_contest_run(record: Mapping[str, object]) -> bool:
     """Whether a record can stand for the contest: trained on 8 H100s, FineWeb's split to within 0.001%, compliant.
 
-    The bytes are the text's, with any tokenizer that tells the truth; public audits count 151,080,891 of them, and
-    40,540,802 targets with the contest's 8192 pieces.
+    The bytes are the text's, with any tokenizer that tells the truth, as public audits count them.
     """
     return (record["mode"] == "train" and record["world_size"] == 8 and record["compliant"] is True
             and record["hardware"] == "8x NVIDIA H100 80GB HBM3"
             and abs(record["val_bytes"] - FINEWEB_VAL_BYTES) < 1e-5 * FINEWEB_VAL_BYTES
-            and (record["val_tokens"] == 40_540_802 or record["settings"].get("vocab_size", 8192) != 8192))
+            and (record["val_tokens"] == FINEWEB_TARGETS or record["settings"].get("vocab_size", 8192) != 8192))
 
 
 def welch_test(ours: list[float], reference: list[float], margin: float) -> dict[str, object]:
@@ -3457,7 +3461,7 @@ def read_records(config: Config) -> list[dict]:
             missing = {*Record.KEYS} - {*records[-1]}
             if missing:
                 raise ValueError(f"without {', '.join(sorted(missing))}")
-            results_table(records[-1:])
+            results_table(records[-1:])  # raises what is caught below if a figure is not where it belongs
             if (type(records[-1]["settings"]), type(records[-1]["hardware"])) != (dict, str):
                 raise ValueError("settings or hardware are of the wrong type")
             text = log.decode()
@@ -3634,7 +3638,7 @@ def open_record(config: Config, rt: Runtime, val: ValidationData) -> Record:
     return record
 
 
-def check_folders(config: Config, rt: Runtime):
+def check_machine(config: Config, rt: Runtime):
     """Raise UsageError unless what the run will write can be written, and what it compiles compiled.
 
     Raises ArtifactError if the compressor's library cannot read what it writes (Brotli before 1.2).
@@ -3656,7 +3660,7 @@ def check_folders(config: Config, rt: Runtime):
 
 def run_training(config: Config, rt: Runtime):
     """MODE=train: train, quantize, pack, then score what was packed."""
-    check_folders(config, rt)
+    check_machine(config, rt)
     if config.corpus == "embedded":
         with rt.agree():  # nobody looks for the corpus before it is written
             if rt.main:
@@ -3800,7 +3804,7 @@ def run_evaluation(config: Config, rt: Runtime):
     """MODE=eval: score the artifact in OUT_DIR; no training data is touched."""
     artifact = read_artifact(config.out_dir)
     rt.check_alike("artifact", sha256(artifact))
-    check_folders(config, rt)
+    check_machine(config, rt)
     val = ValidationData(config, rt, load_tokenizer(config))
     with open_record(config, rt, val).kept() as record:
         check_split(record, val)

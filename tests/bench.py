@@ -19,7 +19,7 @@ distortion tr(E H E^T) over all matrices, in dB against PR #1541's; the same wei
 bound (reverse water-filling over the Hessians' eigenvalues and the rows' variances, at the method's own weights and
 bits); bits per byte before and after. With --full: the full-size model instead, all weights Gaussian, inputs whose
 Hessians have random eigenvectors and eigenvalues that spread by 0, 2 and 4 dB (standard deviation of their logarithm).
-With --share 8: what one price of that model takes the first and the last of 8 ranks, which has the embedding, on this
+With --share 8: what one pass over that model takes the first and the last of 8 ranks, which has the embedding, on this
 machine's cores, and what packing takes the first.
 
 `presets` runs the four published systems end to end, scaled down alike to the README's 200-step run (--steps: another
@@ -263,7 +263,7 @@ def stages(form: Steps) -> list[dict]:
     hessians = timed("hessians", batch, train_gpt.collect_hessians, config, rt, model, form.data)
     sensitivities = timed("sensitivities", batch, train_gpt.collect_sensitivities, config, rt, model, form.data)
     quantizer = TrellisQuantizer(rt, model, hessians, sensitivities)
-    tensors = timed("quantize", 0, quantizer.quantize, quantizer.price_of(3.4))
+    tensors = timed("quantize", 0, quantizer.quantize, quantizer.log_step_for(3.4))
     artifact = timed("encode", 0, train_gpt.pack_artifact, tensors, {})
     timed("decode", 0, train_gpt.unpack_artifact, artifact)
     targets = 2 * config.ttt_chunk_tokens
@@ -439,8 +439,8 @@ def table(q: Quantization, *methods: str) -> list[dict]:
 
 
 def share_of(ranks: int) -> list[dict]:
-    """Seconds of one price of the full-size model on the first and the last rank, and of packing it; medians of 3."""
-    q, price, rows = Quantization.full_size(2), -8.13, []  # some 3.5 bits per weight
+    """Seconds of one pass over the full-size model on the first and the last rank, and of packing it; medians of 3."""
+    q, log_step, rows = Quantization.full_size(2), -8.13, []  # some 3.5 bits per weight
     q.rt.all_reduce = lambda tensor: None
     alike = {site: torch.tensor(1.0) for site in q.hessians}
 
@@ -453,10 +453,10 @@ def share_of(ranks: int) -> list[dict]:
 
     for q.rt.rank, q.rt.world in ((0, ranks), (ranks - 1, ranks), (0, 1)):
         quantizer = TrellisQuantizer(q.rt, q.model, q.hessians, alike)
-        price_s = median(functools.partial(quantizer.quantize, price))
-        rows.append({"rank": q.rt.rank, "of": q.rt.world, "cores": len(os.sched_getaffinity(0)), "price_s": price_s,
+        pass_s = median(functools.partial(quantizer.quantize, log_step))
+        rows.append({"rank": q.rt.rank, "of": q.rt.world, "cores": len(os.sched_getaffinity(0)), "pass_s": pass_s,
                      "of_which_factors_s": median(factors)})
-    tensors = quantizer.quantize(price)
+    tensors = quantizer.quantize(log_step)
     return [*rows, {"pack_s": median(lambda: train_gpt.pack_artifact(tensors, {}))}]
 
 

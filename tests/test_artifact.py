@@ -805,11 +805,11 @@ class FakeQuantizer:
     def __init__(self, bytes_at):
         self.bytes_at, self.bits = bytes_at, []
 
-    def price_of(self, bits: float) -> float:
+    def log_step_for(self, bits: float) -> float:
         return -3.0 - bits
 
-    def quantize(self, price: float) -> dict[str, torch.Tensor]:
-        self.bits.append(-3.0 - price)
+    def quantize(self, log_step: float) -> dict[str, torch.Tensor]:
+        self.bits.append(-3.0 - log_step)
         size = max(int(self.bytes_at(self.bits[-1])), 0)
         return {"noise": torch.from_numpy(np.random.default_rng(0).integers(-128, 128, size).astype(np.int8))}
 
@@ -880,7 +880,7 @@ def test_steps_are_never_finer_than_six_bits(rt):
     quantizer = FakeQuantizer(SIZES["as expected"])
     artifact = train_gpt.fit_artifact(tiny_config(), rt, quantizer, 10**6)
     assert quantizer.bits == [train_gpt.MOST_BITS] and len(artifact) > 2500 * train_gpt.MOST_BITS
-    quantizer = FakeQuantizer(SIZES["less"])  # whose price must fall to reach the target, but may not
+    quantizer = FakeQuantizer(SIZES["less"])  # whose steps must shrink to reach the target, but may not
     artifact = train_gpt.fit_artifact(tiny_config(), rt, quantizer, 12_000)
     assert max(quantizer.bits) == train_gpt.MOST_BITS and len(artifact) < 12_000
 

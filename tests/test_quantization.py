@@ -316,18 +316,18 @@ def calibrated(model: GPT) -> tuple[dict, dict]:
 
 
 def test_trellis_quantizer_does_what_it_says(rt, monkeypatch):
-    """Against a slow transcription: steps 2^(price + level + columns / 4), GPTQ one column at a time in fp64.
+    """Against a slow transcription: steps 2^(log_step + level + columns / 4), GPTQ one column at a time in fp64.
 
-    A Hessian is damped by 0.16 * 4^price over the weights' variance, sensitivity counted, within bounds.
+    A Hessian is damped by 0.16 * 4^log_step over the weights' variance, sensitivity counted, within bounds.
     """
     clamped = []
     config, model = narrow_model(monkeypatch)
     hessians, sensitivities = calibrated(model)
-    tensors = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(price := -9.0)
+    tensors = TrellisQuantizer(rt, model, hessians, sensitivities).quantize(log_step := -9.0)
     different = total = without_feedback = 0
     for bank, i, site, matrix in sites_of(model):
         mean = hessians[site].diagonal().mean().double()
-        damping = 0.16 * 4 ** price / matrix.double().var(1).mean() / sensitivities[site] ** 0.8
+        damping = 0.16 * 4 ** log_step / matrix.double().var(1).mean() / sensitivities[site] ** 0.8
         clamped.append(torch.sign(damping - damping.clamp(1e-4 * mean, mean)).item())
         walk = inverses(hessians[site], damping.clamp(1e-4 * mean, mean))
         log = torch.zeros(matrix.size(1), dtype=torch.double)
@@ -335,14 +335,14 @@ def test_trellis_quantizer_does_what_it_says(rt, monkeypatch):
             log[left[0]] = inverse[0, 0].log2() / 2
         level = log.mean() - 0.8 * sensitivities[site].double().log2() / 2
         columns = (4 * (log - log.mean())).round()
-        step = 2 ** (price + level + columns / 4)
+        step = 2 ** (log_step + level + columns / 4)
         integers = column_by_column(matrix, walk, step.expand_as(matrix), lambda y: train_gpt.round_columns(
             y[:, None].float())[:, 0])
         q, side = tensors[f"{bank}.q"][i], [tensors[f"{bank}.{part}"][i] for part in ("step", "columns", "rows")]
         assert q.dtype == torch.int32 and side[1].dtype == side[2].dtype == torch.int8
-        assert side[0].item() == pytest.approx(2 ** (price + level.item()), rel=1e-5)
+        assert side[0].item() == pytest.approx(2 ** (log_step + level.item()), rel=1e-5)
         assert torch.equal(side[1], columns.to(torch.int8)) and columns.unique().numel() > 3
-        rows = 4 * (matrix.std(1).log2() - price - level)
+        rows = 4 * (matrix.std(1).log2() - log_step - level)
         assert (side[2] - rows).abs().max() < 0.51
         different += int((q != integers).sum())
         alone = train_gpt.round_columns((matrix / step).float().T[..., None])[..., 0].T
@@ -386,7 +386,7 @@ def test_the_trellis_costs_less_than_row_scales(rt, monkeypatch):
     config, model = narrow_model(monkeypatch, MODEL_DIM=64, MLP_MULT=4)
     hessians, sensitivities = calibrated(model)
     quantizer = TrellisQuantizer(rt, model, hessians, dict.fromkeys(sensitivities, torch.tensor(1.0)))
-    tensors = quantizer.quantize(quantizer.price_of(3.0))
+    tensors = quantizer.quantize(quantizer.log_step_for(3.0))
     assert 8 * len(train_gpt.pack_artifact(tensors, {})) / quantizer.weights == pytest.approx(3.0, abs=0.4)
     for bank, i in (("up_bank", 1), ("down_bank", 2)):
         site, matrix = model.matrix_sites()[bank][i], getattr(model, bank)[i].detach()
@@ -432,12 +432,12 @@ def test_ranks_quantize_what_one_does(rt, monkeypatch):
 
     def work(rt):
         quantizer = TrellisQuantizer(rt, *args)
-        return quantizer.weights, quantizer.price_of(4.0), quantizer.quantize(-9.0)
+        return quantizer.weights, quantizer.log_step_for(4.0), quantizer.quantize(-9.0)
 
-    weights, price, tensors = work(rt)
+    weights, log_step, tensors = work(rt)
     assert weights == sum(matrix.numel() for *_, matrix in sites_of(model))
     for found in on_ranks(3, work):
-        assert found[:2] == (weights, pytest.approx(price)) and list(found[2]) == list(tensors)
+        assert found[:2] == (weights, pytest.approx(log_step)) and list(found[2]) == list(tensors)
         for name, tensor in tensors.items():
             if name.endswith(".q"):
                 assert (found[2][name] != tensor).float().mean() < 1e-3, name  # ties

@@ -1225,7 +1225,7 @@ USERS = {
     "start=": ["RansDecoder.__init__", "TrainData.window", "deviation", "evaluate_ttt", "rans_encode", "run_training",
                "score_artifact", "score_windows", "score_windows", "windows"],
     "PACKED": ["", "", "", "Config.from_env", "Runtime.__init__", "TrellisQuantizer.__init__", "causal_attention",
-               "check_folders", "main", "main", "pack_source"]}
+               "check_machine", "main", "main", "pack_source"]}
 
 
 def test_every_rule_has_a_test():
@@ -1317,7 +1317,7 @@ def test_no_time_is_free(quantizer, stages, corpus, tmp_path, rt):
                   for phase in (training, evaluation)]
         stack.enter_context(patched(train_gpt, "score_artifact", lambda *args: (
             paused.append(delays[1][0][0]), honest(*args))))  # scoring before there is an artifact
-        stack.enter_context(patched(train_gpt, "check_folders", lambda *_: None))  # packs nothing, to try the library
+        stack.enter_context(patched(train_gpt, "check_machine", lambda *_: None))  # packs nothing, to try the library
         record = tiny_run(tmp_path, corpus[0], rt, QUANTIZER=quantizer, ITERATIONS=2, WARMUP_STEPS=0, VAL_LOSS_EVERY=1,
                           PREQUANT_TTT_ENABLED=1, PREQUANT_TTT_EPOCHS=1, PREQUANT_TTT_DATA="train")
     assert all(delay[0] for phase in delays for delay in phase) and paused[0] > 2000
@@ -2091,7 +2091,7 @@ def test_nothing_but_what_is_named_is_read():
 
     readers = {getattr(top, "name", "module") for top in ast.parse(SOURCE).body if any(map(opens, ast.walk(top)))}
     assert readers == {
-        "module", "Runtime", "load_tokenizer", "shard_files", "open_shard", "write_embedded_corpus", "check_folders",
+        "module", "Runtime", "load_tokenizer", "shard_files", "open_shard", "write_embedded_corpus", "check_machine",
         "run_training", "read_artifact", "read_config", "collect", "read_records",
         "write_submission_folder", "draw_runs"}
 
