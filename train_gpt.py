@@ -479,6 +479,7 @@ class Runtime:
             torch.set_float32_matmul_precision("high")
         if self.compile:  # a compilation each for training, plain and sliding windows, with and without loops
             torch._dynamo.config.recompile_limit = 32
+            torch._inductor.config.freezing = False  # weights folded into a graph would score after they have changed
         self.attention = choose_attention(config.attention, on_gpu)
         if not dist.is_initialized():
             group = {"device_id": self.device} if on_gpu else {}
@@ -2911,13 +2912,14 @@ def passage_distance(val: ValidationData) -> int:
 def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
     """Numbers (uint64) of passages of 256 letters, the same for the same text, wherever it stands.
 
-    Letters and digits count, in lower case: cutting documents or words elsewhere, or other blanks, changes none. A
-    passage begins where a hash of its first 8 letters says so. The hash depends on the split and the salt: who alters a
-    text so that it has no passages has other ones.
+    Letters and digits count, ASCII's in lower case: cutting documents or words elsewhere, or other blanks, changes
+    none. A passage begins where a hash of its first 8 letters says so. The hash depends on the split and the salt: who
+    alters a text so that it has no passages has other ones.
     """
-    known = [token_bytes(val.tokenizer, token, False).decode(errors="backslashreplace")  # of byte pieces: \xe4
+    # A byte piece is kept as it is: a letter that byte pieces spell is that letter. So only ASCII is in lower case.
+    known = [token_bytes(val.tokenizer, token, False).decode(errors="surrogateescape")
              for token in range(val.tokenizer.vocab_size())]
-    known = [re.sub(r"[\W_]", "", text.lower()).encode() for text in known]
+    known = [re.sub(r"[^\w\udc80-\udcff]|_", "", text).encode(errors="surrogateescape").lower() for text in known]
     length, letters = np.array([*map(len, known)]), np.frombuffer(b"".join(known), np.uint8)
     offset, keys, text = length.cumsum() - length, [], letters[:0]
     seed = int(sha256((val.sha256 + salt).encode()), 16)
@@ -3850,7 +3852,8 @@ def check_code():
     """
     if __spec__ and __name__ == "__main__":  # Python would import from its folder before the first line
         raise UsageError("`python -m` may run other code than it reads: name the file")
-    if compile(SOURCE, __file__, "exec") != RUNNING:  # it was read from a pipe, or has been exchanged since
+    # It was read from a pipe, or has been exchanged since.
+    if compile(SOURCE, __file__, "exec") != RUNNING:
         raise UsageError(f"{__file__} does not hold the code that runs: start it again, by the name of its file")
     script = Path(__file__).resolve()
 

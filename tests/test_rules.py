@@ -1282,6 +1282,13 @@ def test_nothing_is_compiled_while_the_evaluation_is_timed(corpus, tmp_path, rt,
     assert len(graphs) == after and seen == {0} and record["compliant"]
 
 
+def test_no_weights_are_folded_into_what_is_compiled(monkeypatch):
+    """TORCHINDUCTOR_FREEZING=1 scored the averaged model with weights of the last step."""
+    monkeypatch.setattr(torch._inductor.config, "freezing", True)
+    assert train_gpt.Runtime(small_config(COMPILE=1)).compile
+    assert not torch._inductor.config.freezing
+
+
 def test_the_clock_waits_for_the_device(monkeypatch):
     """Work that a GPU has been given and has not done yet is of the stage that gave it."""
     calls, rt = [], object.__new__(Runtime)
@@ -1586,10 +1593,11 @@ def test_a_signal_after_the_seal_changes_nothing(corpus, tmp_path, rt):
     try:
         with patched(train_gpt.Record, "seal", seal):
             record = tiny_run(tmp_path, corpus[0], rt, ITERATIONS=1)
+        assert rt.stop_signal == signal.SIGTERM and record["stopped"] is None and record["compliant"]
     finally:
+        rt.stop_signal, rt.signals_wait = 0, False
         for n, handler in before.items():
             signal.signal(n, handler)
-    assert rt.stop_signal == signal.SIGTERM and record["stopped"] is None and record["compliant"]
     *lines, last = (tmp_path / "logs" / "run.txt").read_bytes().splitlines(keepends=True)
     sealed = b"".join(lines) + (tmp_path / "logs" / "run.json").read_bytes()
     assert last.decode().strip().endswith(hashlib.sha256(sealed).hexdigest())

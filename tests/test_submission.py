@@ -646,6 +646,24 @@ def test_quotes_and_blanks_beyond_ascii_are_no_letters():
         assert not np.isin(keys, fewer).any(), "they are letters"
 
 
+def test_a_letter_that_byte_pieces_spell_is_that_letter():
+    """A copy of the split whose text is the same, and whose tokens are not, is a copy."""
+    class Spelled(Characters):
+        def is_byte(self, token):
+            return token in (2, 3, 4)
+
+        def id_to_piece(self, token):
+            return {2: "<0xD0>", 3: "<0xB0>", 4: "<0x58>", 5: "\u0430"}.get(token, chr(token))
+
+    tokens = np.random.default_rng(0).choice([5, *range(97, 123)], 5000)
+    tokens[::7] = ord("x")
+    val = types.SimpleNamespace(tokenizer=Spelled(), sha256="5", bytes=9000)
+    keys = train_gpt.passage_keys(tokens, val)
+    spelled = np.concatenate([{5: [2, 3], ord("x"): [4]}.get(token, [token]) for token in tokens.tolist()])
+    assert len(spelled) > len(tokens) and len(keys) > 300
+    assert np.array_equal(train_gpt.passage_keys(spelled, val), keys)
+
+
 def test_every_document_is_looked_at(record):
     """Wherever it stands: a byte too many in one of 2500 documents, or text that encodes otherwise."""
     rng = np.random.default_rng(0)
