@@ -136,11 +136,10 @@ class Steps:
         self.loss_fn = self.rt.compiled(self.model)
         self.data, self.optimizer = TrainData(self.config, self.rt), Optimizer(self.config, self.rt, self.model)
         self.average, self.steps = WeightAverage(self.config, self.model), 0
-        self.rt.all_reduce = self.waited(train_gpt.dist.all_reduce)
 
     def waited(self, collective):
         """The collective, its time counted and nothing else under way meanwhile."""
-        def call(*args, asynchronous=False, async_op=False):
+        def call(*args, async_op=False):
             begin = self.rt.clock()
             work = collective(*args, async_op=True)
             work.wait()
@@ -151,7 +150,8 @@ class Steps:
     def step(self) -> dict[str, float]:
         """Seconds of each part of one step."""
         self.parts = dict.fromkeys(("data", "forward", "backward", "optimizer", "communication"), 0.0)
-        kept, clock = (train_gpt.reduce_scatter, train_gpt.all_gather), self.rt.clock
+        collectives = (train_gpt, "reduce_scatter"), (train_gpt, "all_gather"), (train_gpt.dist, "all_reduce")
+        kept, clock = [getattr(*place) for place in collectives], self.rt.clock
         begin = clock()
         batch = self.data.batch(self.steps)
         times = [clock()]
@@ -161,10 +161,12 @@ class Steps:
             times.append(clock())
             loss.backward()
             times.append(clock())
-        train_gpt.reduce_scatter, train_gpt.all_gather = map(self.waited, kept)
+        for place, collective in zip(collectives, kept):
+            setattr(*place, self.waited(collective))
         self.optimizer.step(1.0, 0.95)
+        for place, collective in zip(collectives, kept):
+            setattr(*place, collective)
         self.average.update(1, 1.0)
-        train_gpt.reduce_scatter, train_gpt.all_gather = kept
         spans = np.diff(times)
         self.parts["forward"], self.parts["backward"] = spans[::2].sum(), spans[1::2].sum()
         self.parts["optimizer"] = clock() - times[-1] - self.parts["communication"]
