@@ -1660,7 +1660,7 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
     return sums
 
 
-def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: float = 12.85,
+def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: float = 12.85, damping: float = 0.01,
                   block: int = 128) -> tuple[Tensor, Tensor]:
     """Round a batch of matrices to `bits`-bit integers, each column's error fed forward to the columns after it.
 
@@ -1675,7 +1675,7 @@ def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: f
     w, top = weight.float(), 2 ** (bits - 1) - 1
     scale = row_scale(w, bits, clip_sigmas).half()
     step = scale.float()  # [..., out, 1]
-    factor = error_factor(hessian, 0.01 * mean_diagonal(hessian))
+    factor = error_factor(hessian, damping * mean_diagonal(hessian))
     integers = round_with_feedback(w, factor, step, functools.partial(
         round_blocks, lambda y: y.round().clamp(-top, top), block=block))
     return integers.to(torch.int8), scale.squeeze(-1)
