@@ -54,6 +54,7 @@ import string
 import struct
 import subprocess
 import tempfile
+import textwrap
 import time
 import types
 from bisect import bisect_left, bisect_right
@@ -117,7 +118,7 @@ class Config:
     compile: str = _run("auto", "torch.compile; auto: on CUDA", choices=("auto", "0", "1"))
     attention: str = _run("auto", "auto: FlashAttention-3 on Hopper if importable", choices=("auto", "fa3", "sdpa",
                                                                                                "plain"))
-    micro_batch_tokens: int = _run(0, "tokens a rank holds at a time; 0: 98304 on CUDA, 4096 on CPU", 0, 2**24)
+    micro_batch_tokens: int = _run(0, "tokens a rank holds at a time; 0: 98304 on CUDA, else 4096", 0, 2**24)
 
     data_dir: str = _data("./data", "folder with datasets/ and tokenizers/")
     data_path: str = _data("", "folder with the shards; empty: DATA_DIR/datasets/fineweb10B_sp{VOCAB_SIZE}")
@@ -159,11 +160,11 @@ class Config:
     iterations: int = _optim(20000, "optimizer steps at most", 1, 10**9)
     max_wallclock_seconds: float = _optim(600.0, "budget up to the finished artifact; 0: ITERATIONS decide", 0, 10**6)
     gptq_reserve_seconds: float = _optim(40.0, "seconds of it kept for all that follows the steps", 0, 10**6)
-    warmup_steps: int = _optim(20, "steps that compile each state of the model; their effect is thrown away", 0, 1000)
+    warmup_steps: int = _optim(20, "steps that compile each state of the model, then are undone", 0, 1000)
     train_log_every: int = _optim(500, "steps between two log lines (at most 30 s pass)", 1, 10**9)
-    val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only after the last", 0, 10**9)
+    val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only at the end", 0, 10**9)
     enable_looping_at: float = _optim(0.35, "fraction of the budget after which the loops run", 0, 1)
-    recur_start_step: int = _optim(0, "step from which on the loops run; 0: ENABLE_LOOPING_AT decides", 0, 10**9)
+    recur_start_step: int = _optim(0, "step at which the loops start; 0: ENABLE_LOOPING_AT decides", 0, 10**9)
     matrix_lr: float = _optim(0.03, "Muon's learning rate", 0, 10)
     muon_momentum: float = _optim(0.97, "Muon's momentum", 0, 1)
     muon_momentum_warmup_start: float = _optim(0.92, "Muon's momentum at step 0", 0, 1)
@@ -196,7 +197,7 @@ class Config:
     gptq_calibration_batches: int = _quant(64, "eighths of a training batch for the Hessians; whole ones", 1, 10**5)
     quantizer: str = _quant("trellis", "trellis: fitted to TARGET_BYTES; sdclip: PR #1541's, by MATRIX_BITS and what "
                             "follows it", choices=("trellis", "sdclip"))
-    target_bytes: int = _quant(16_000_000, "code + artifact at most with trellis; what pruning aims at", 1, 2**30)
+    target_bytes: int = _quant(16_000_000, "code + artifact with trellis, at most; aim of pruning", 1, 2**30)
     matrix_bits: int = _quant(6, "bits of a matrix entry", 2, 8)
     matrix_clip_sigmas: float = _quant(12.85, "row scale of the matrices in standard deviations", 0.1, 1000)
     embed_bits: int = _quant(8, "bits of an embedding entry", 2, 8)
@@ -370,9 +371,9 @@ def misspelt(env: Mapping[str, str], known: list[str]) -> list[str]:
     """Describe each variable of `env` that is no setting but is nearly one, or carries a prefix of one."""
     problems = []
     for name in env:
-        if name in known or not name.isupper() or len(name) < 4:
+        if name in known or len(name) < 4 or not (name.isupper() or name.upper() in known):
             continue
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.87 if len(name) > 5 else 0.75)
+        close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.87 if len(name) > 5 else 0.75)
         close = close or [other for other in known if "_" in name and other.startswith(f"{name}_")]
         if not close and name.startswith(KNOWN_PREFIXES):
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
@@ -409,20 +410,28 @@ def allowed_values(field: dataclasses.Field) -> str:
 def rule_with_values(rule: str, values: Mapping[str, object]) -> str:
     """Write a constraint, and beside it the variables that it is about."""
     named = {name: values[name] for name in re.findall("[a-z_]+", rule) if name in values}
+    if not PACKED:
+        rule = re.sub("[a-z_]+", lambda word: word[0].upper() if word[0] in named else word[0], rule)
     return f"{rule} ({assignments(named)})"
 
 
 def print_help():
     """MODE=help: print every variable with type, default, allowed values and meaning, grouped by room."""
+    def wrap(begin: str, text: str):
+        print(textwrap.fill(text, 120, initial_indent=begin, subsequent_indent=" " * len(begin),
+                            break_on_hyphens=False))
+
     for room, fields in itertools.groupby(dataclasses.fields(Config), lambda field: field.metadata["room"]):
         print(f"\n{room}")
         for field in fields:
             name, _, default = assignments({field.name: field.default}).partition("=")
-            print(f"  {name:<27} {type(field.default).__name__:<6} {default or repr(''):<9} "
-                  f"{field.metadata['meaning']} [{allowed_values(field)}]")
+            limits, kind = field.metadata, type(field.default).__name__
+            allowed = ", ".join(limits["choices"] or ()) or f"{limits['low']} to {limits['high']}"
+            wrap(f"  {name:<26} {kind:<5} {default or repr(''):<8} ", f"{limits['meaning']} [{allowed}]".replace(
+                " [None to None]", ""))
     print("\npresets (PRESET=...; any variable overrides them)")
     for name, values in PRESETS.items():
-        print(f"  {name:<9}", assignments(values))
+        wrap(f"  {name:<8}", assignments(values))
 
 
 def assignments(values: Mapping[str, object]) -> str:
@@ -594,7 +603,7 @@ class Runtime:
         """Name the devices of all ranks, e.g. `8x NVIDIA H100 80GB HBM3`."""
         if self.device.type == "cuda":
             return f"{self.world}x {torch.cuda.get_device_name()}"
-        return f"{self.world}x CPU rank, {os.cpu_count()} cores ({platform.machine()})"
+        return f"{self.world}x CPU rank, {torch.get_num_threads()} threads ({platform.machine()})"
 
     def end(self):
         """End this rank's process once all ranks have come here; does not return."""
@@ -640,8 +649,8 @@ def c_library(source: str) -> ctypes.CDLL:
     """Compile C with the system's compiler and load it; raise UsageError if there is none, or either fails."""
     compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if not compiler:
-        raise UsageError("PPM_ENABLED=1 and, packed, QUANTIZER=trellis need a C compiler: the PATH has no cc, gcc or "
-                         "clang; install one (Debian, Ubuntu: apt-get install gcc libc6-dev)")
+        raise UsageError("no C compiler: the PATH has no cc, gcc or clang; install one (Debian, Ubuntu: apt-get "
+                         "install gcc libc6-dev), or do without PPM_ENABLED=1 and, packed, QUANTIZER=trellis")
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/library.so"
         # Without contraction, products and sums are rounded alike on all machines.
@@ -686,15 +695,16 @@ HOW_TO_GET_DATA = ("Get FineWeb with the contest's downloader (see README.md), s
 
 
 def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
-    """Load the tokenizer; raise UsageError unless it has VOCAB_SIZE pieces, the contest's control ids and all ASCII.
+    """Load the tokenizer and its file's `sha256`.
 
+    Raises UsageError unless it has VOCAB_SIZE pieces, the contest's control ids and all ASCII.
     The sample that it must give back is single ASCII characters, then prose: normalization may be about sequences.
     """
     path = config.tokenizer
     if not path.is_file():
         raise UsageError(f"no tokenizer at {path}. {HOW_TO_GET_DATA}")
     try:
-        sp = spm.SentencePieceProcessor(model_proto=path.read_bytes())
+        sp = spm.SentencePieceProcessor(model_proto=(model := path.read_bytes()))
     except (RuntimeError, OSError) as error:
         raise UsageError(f"{path} is no SentencePiece model ({error})") from error
     if sp.vocab_size() != config.vocab_size:
@@ -709,6 +719,7 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
     text = " ".join(text.encode("ascii", "ignore").decode().split())[:100_000]
     if sp.decode(sp.encode(text)) != text:  # as many bytes of simpler text are easier to predict
         raise UsageError(f"{path} changes ASCII text")
+    sp.sha256 = sha256(model)
     return sp
 
 
@@ -769,8 +780,8 @@ def open_shard(path: Path, vocab_size: int = 65536) -> np.ndarray:
         raise UsageError(f"{path}: magic {magic} and version {version} are not a shard's "
                          f"({SHARD_MAGIC} and {SHARD_VERSION})")
     if count < 2 or size != SHARD_HEADER_BYTES + 2 * count:
-        raise UsageError(f"{path}: the header promises {count} tokens, the file holds "
-                         f"{(size - SHARD_HEADER_BYTES) / 2:g}; two at least")
+        raise UsageError(f"{path}: the header promises {count} tokens (two at least), the file holds "
+                         f"{(size - SHARD_HEADER_BYTES) / 2:g}: download it again")
     tokens = np.memmap(file, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
     tokens.file = file
     if (highest := int(tokens.max())) >= vocab_size:
@@ -872,7 +883,7 @@ class ValidationData:
         """Read and check the shards; raise UsageError if they hold less than one window."""
         shards = [open_shard(path, config.vocab_size) for path in shard_files(config, "val")]
         tokens, self.tokenizer = np.concatenate(shards), sp
-        self.sha256, self.tokenizer_sha256 = sha256(tokens.tobytes()), sha256(sp.serialized_model_proto())
+        self.sha256, self.tokenizer_sha256 = sha256(tokens.tobytes()), sp.sha256
         tokens = tokens.astype(np.int32)
         targets, window = len(tokens) - 1, config.eval_seq_len
         if targets < window:
@@ -927,6 +938,7 @@ def write_embedded_corpus(config: Config):
             eos_id=2, unk_id=3, minloglevel=2)
     except RuntimeError as error:
         raise UsageError(f"CORPUS=embedded: no tokenizer with VOCAB_SIZE={config.vocab_size} ({error})") from error
+    print(f"corpus and tokenizer: made from Python's documentation, in {config.data_dir}")
     write_files({config.tokenizer: model.getvalue()})
     sp = spm.SentencePieceProcessor(model_proto=model.getvalue())
     for split, chosen in (("val", documents[2::5]), ("train", [d for i, d in enumerate(documents) if i % 5 != 2])):
@@ -1169,6 +1181,10 @@ class GPT(nn.Module):
         self.lane_merge = nn.Parameter(torch.full((), 0.5)) if config.parallel_residual == "lanes" else None
         self.smear_gate = nn.Parameter(torch.zeros(dim)) if config.smear_gate_enabled else None
         self.value_embedding = ValueEmbedding(config, kv_dim) if config.ve_layers else None
+        if not PACKED:  # a forgotten site would only be missed at quantization
+            for name, bank in self.named_parameters():
+                if name.endswith("bank") and len(self.matrix_sites().get(name, ())) != len(bank):
+                    raise UsageError(f"GPT.matrix_sites must name the inputs of the {len(bank)} matrices of {name}")
 
     def to_compute(self, rt: Runtime) -> "GPT":
         """Move to the runtime's device, dtype and attention kernel; masters stay fp32."""
@@ -1549,6 +1565,8 @@ def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Trai
             model.looping = True
             halves = [[v.layer for v in model.schedules[True] if v.push == encoder] for encoder in (True, False)]
             rt.log(f"layer_loop:enabled step:{step} frac:{frac:.3f} encoder:{halves[0]} decoder:{halves[1]}")
+            if not PACKED and done:
+                rt.log("the loops did not run in training: RECUR_START_STEP or ENABLE_LOOPING_AT comes after its end")
         if done:
             break
         multiplier = lr_multiplier(config, frac)
@@ -1850,7 +1868,7 @@ def trellis_rounding(rt: Runtime) -> Callable:
         c_library(TRELLIS_SOURCE)
         return round_paths
     except UsageError as error:
-        rt.log(f"trellis: much more slowly, without C ({error})")
+        rt.log(f"trellis: the same bits in numpy, much more slowly ({error})")
         return lambda w, *others: round_blocks(round_columns, w, *others, block=w.size(-1))
 
 
@@ -2912,22 +2930,19 @@ def passage_distance(val: ValidationData) -> int:
 def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
     """Numbers (uint64) of passages of 256 letters, the same for the same text, wherever it stands.
 
-    Letters and digits count, ASCII's in lower case: cutting documents or words elsewhere, or other blanks, changes
-    none. A passage begins where a hash of its first 8 letters says so. The hash depends on the split and the salt: who
-    alters a text so that it has no passages has other ones.
+    Letters and digits count, ASCII's in lower case: cutting documents or words elsewhere, other blanks, or byte pieces
+    in the place of others change none. A passage begins where a hash of its first 8 letters says so. The hash depends
+    on the split and the salt: who alters a text so that it has no passages has other ones.
     """
-    # A byte piece is kept as it is: a letter that byte pieces spell is that letter. So only ASCII is in lower case.
-    known = [token_bytes(val.tokenizer, token, False).decode(errors="surrogateescape")
+    signs, keys, text = (string.punctuation + string.whitespace).encode(), [], np.empty(0, np.uint8)
+    known = [token_bytes(val.tokenizer, token, False).lower().translate(None, signs)
              for token in range(val.tokenizer.vocab_size())]
-    known = [re.sub(r"[^\w\udc80-\udcff]|_", "", text).encode(errors="surrogateescape").lower() for text in known]
-    length, letters = np.array([*map(len, known)]), np.frombuffer(b"".join(known), np.uint8)
-    offset, keys, text = length.cumsum() - length, [], letters[:0]
     seed = int(sha256((val.sha256 + salt).encode()), 16)
     multipliers = np.random.default_rng(seed).integers(2**63, size=256, dtype=np.uint64) | 1
     for part in np.array_split(tokens, 1 + len(tokens) // 2**18):  # bounds the memory
-        begins = length[part].cumsum() - length[part]
-        chosen = np.repeat(offset[part] - begins, length[part])
-        text = np.concatenate([text, letters[chosen + np.arange(len(chosen))]])
+        # Decoded together, for byte pieces may spell what is no letter; one cut by the part's end is left out.
+        letters = b"".join(map(known.__getitem__, part.tolist())).decode(errors="ignore")
+        text = np.concatenate([text, np.frombuffer(re.sub(r"\W+", "", letters).encode(), np.uint8)])
         places = max(len(text) - 255, 0)
         chances = np.ndarray(places, "<u8", text, 0, (1,)) * multipliers[0]  # of the 8 letters at each place
         starts = np.flatnonzero(chances >> 32 < 2**32 // passage_distance(val))
@@ -3390,6 +3405,14 @@ def final_score(record: Mapping[str, object]) -> dict[str, float]:
     return record["ttt"] or record["sliding"] or record["quantized"]
 
 
+def what_differs(records: list[dict]) -> list[str]:
+    """Write, for each record, the settings that are not the same in all of them."""
+    names = sorted({name for r in records for name in r["settings"] if name != "run_id" and any(
+        other["settings"].get(name) != r["settings"][name] for other in records)})
+    return [assignments({name: r["settings"].get(name, PRESETS.get(r["preset"], {}).get(name, getattr(
+        Config, name, "default"))) for name in names}) for r in records]
+
+
 def results_table(records: list[dict]) -> str:
     """The README's table of records, best first, Markdown; the hardware and the data are named in every row."""
     def bpb(record, stage):
@@ -3397,11 +3420,15 @@ def results_table(records: list[dict]) -> str:
 
     rows = ["| run | hardware | validation tokens | steps | tok/s | prequant | quantized | sliding | TTT | bytes "
             "| failed checks |", "|" + " --- |" * 11]
+    own = dict(zip(map(id, records), what_differs(records)))
+    if any(own.values()):
+        rows = [f"{rows[0]} settings that differ |", f"{rows[1]} --- |"]
     for r in sorted(records, key=lambda r: (final_score(r) or {"val_bpb": math.inf})["val_bpb"]):
         cells = [r[key] for key in ("run_id", "hardware", "val_tokens", "steps", "tokens_per_second")]
         cells += [*(bpb(r, stage) for stage in ("prequant", "quantized", "sliding", "ttt")), r["total_bytes"]]
         cells.append(", ".join(check["name"] for check in r["checks"] if not check["ok"])
                      or ("none" if r["compliant"] else "-"))
+        cells += [own[id(r)]] * any(own.values())
         rows.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in cells)} |")
     return "\n".join(rows)
 
@@ -3448,13 +3475,16 @@ def expected_lines(record: Mapping[str, object]) -> list[str]:
 
 
 def read_records(config: Config) -> list[dict]:
-    """Read the records that RECORDS names; raise UsageError for one that is missing or no record."""
+    """Read the records of finished runs that RECORDS names; raise UsageError for one that is missing or no record."""
     records = []
     for path in map(Path, config.records.split()):
         if path.resolve() == Path("submission.json").resolve():
             raise UsageError(f"RECORDS: {path} is where the submission goes: rename the run")
         try:
             content, log = path.read_bytes(), path.with_suffix(".txt").read_bytes()
+            if stopped := json.loads(content)["stopped"]:
+                print(f"left out: {path}, a run that did not end ({stopped})")
+                continue
             end = log.rfind(b"\n", 0, -1) + 1  # where the last line begins
             if not log[end:].endswith(f": {sha256(log[:end] + content)}\n".encode()):
                 raise ValueError("its log does not end with the SHA-256 of both: the run did not end, or one was "
@@ -3471,9 +3501,10 @@ def read_records(config: Config) -> list[dict]:
             if missing or text.count("\ncheck ") != len(records[-1]["checks"]):
                 raise ValueError(f"its log does not say {missing[:1]}, or tells of other checks")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"RECORDS: {path} is no record of a run ({error!r})") from error
+            known = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
+            raise UsageError(f"RECORDS: {path} is no record of a run ({known})") from error
     if not records:
-        raise UsageError("MODE=collect needs RECORDS=\"logs/a.json logs/b.json ...\"")
+        raise UsageError("MODE=collect needs RECORDS=\"logs/a.json logs/b.json ...\", of runs that ended")
     return records
 
 
@@ -3486,11 +3517,13 @@ def check_one_system(records: list[dict]):
     """Raise UsageError unless the records are finished runs of one system that differ by nothing but the seed."""
     for r in records:
         if r["mode"] != "train" or r["compliant"] is None:
-            raise UsageError(f"{r['run_id']} is no finished run of MODE=train (stopped: {r['stopped']})")
+            raise UsageError(f"{r['run_id']} is no finished run of MODE=train (MODE={r['mode']})")
         for key in ("mode", "preset", "settings", "source_sha256", "code_sha256", "train_sha256", "val_sha256",
                     "tokenizer_sha256", "hardware", "torch", "python", "attention_backend"):
             mine, first = (shared_settings(x) if key == "settings" else x[key] for x in (r, records[0]))
             if mine != first:
+                if key == "settings":
+                    mine, first = what_differs([r, records[0]])
                 raise UsageError(f"{r['run_id']} and {records[0]['run_id']} cannot make one submission: {key} differs "
                                  f"({mine} and {first})")
     for key in ("seed", "artifact_sha256"):
@@ -3535,6 +3568,22 @@ def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
         "rehearsal": None if contest else figures}
 
 
+RESULTS_MARKS = b"<!-- results -->\n<!-- /results -->\n"
+RESULTS_PLACE = re.compile(b"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
+
+
+def with_results(readme: bytes, results: str) -> bytes:
+    """Put results into a README's place for them; all else stays as somebody wrote it."""
+    return RESULTS_PLACE.sub(lambda _: results.encode(), readme)
+
+
+def submission_state(submission: Mapping[str, object]) -> str:
+    """Say what the records make: a pull request, or less."""
+    if submission["rehearsal"]:
+        return "A rehearsal: not all of it is compliant runs on 8xH100 and FineWeb, submission.json says null"
+    return "Ready for a pull request" if len(submission["seeds"]) >= 3 else "A contest run, but not of three seeds"
+
+
 def write_submission_folder(config: Config, records: list[dict], submission: Mapping[str, object]) -> Path:
     """Copy what a pull request needs to records/<date>_<name>/ and check there that it is what was measured."""
     folder = Path("records") / f"{submission['date']}_{re.sub(r'[^A-Za-z0-9.-]+', '-', config.submission_name)}"
@@ -3549,11 +3598,18 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
     checks = "\n".join(f"- {r['run_id']}: {c['name']} {'ok' if c['ok'] else 'FAILED'} ({c['detail']})"
                        for r in records for c in r["checks"])
     title = config.submission_name.replace("<", "&lt;")  # no table of its own
-    readme = (f"# {title}\n\n{results_table(records)}\n\nMade from the records beside this file, by "
-              f"`MODE=collect`. Run again:\n\n    SEED={records[0]['seed']} "
-              f"{assignments(shared_settings(records[0]))} torchrun --standalone "
-              f"--nproc_per_node={records[0]['world_size']} train_gpt.py\n\n## Checks\n\n{checks}\n")
-    files = {"train_gpt.py": code, "README.md": readme.encode(),
+    command = f"torchrun --standalone --nproc_per_node={records[0]['world_size']} train_gpt.py"
+    results = (f"{results_table(records)}\n\n{submission_state(submission)}. Made from the records beside this file, "
+               "by `MODE=collect`; what stands outside the marks is left alone. `train_gpt.py` is the script as it "
+               "was counted: its errors name lines of its readable source. It needs torch, numpy, sentencepiece and "
+               "brotli, and the data in `DATA_DIR`. The run again, and the score of its artifact alone:\n\n"
+               f"    SEED={records[0]['seed']} {assignments(shared_settings(records[0]))} {command}\n"
+               f"    MODE=eval {command}\n\n## Checks\n\n{checks}\n")
+    readme = folder / "README.md"
+    written = readme.read_bytes() if readme.is_file() else RESULTS_MARKS.join((f"# {title}\n\n".encode(), b""))
+    if not RESULTS_PLACE.search(written):
+        raise UsageError(f"{readme} was not made here, and would be overwritten: rename it")
+    files = {"train_gpt.py": code, "README.md": with_results(written, results),
              "submission.json": (json.dumps(submission, indent=2) + "\n").encode()}
     for path in map(Path, config.records.split()):
         for p in (path, path.with_suffix(".txt")):
@@ -3584,8 +3640,9 @@ def draw_runs(config: Config, records: list[dict]):
         print("no picture: matplotlib is not installed (pip install matplotlib)")
         return
     losses, stages = (figure := Figure((10, 3.5), layout="constrained")).subplots(1, 2)
-    for record, path in zip(records, config.records.split()):
-        log = Path(path).with_suffix(".txt").read_text(encoding="utf-8")
+    ended = (path for path in map(Path, config.records.split()) if not json.loads(path.read_bytes())["stopped"])
+    for record, path in zip(records, ended):
+        log = path.with_suffix(".txt").read_text(encoding="utf-8")
         lines = re.findall(r"train_loss: (\S+) train_time: (\S+)m", log)
         losses.plot([float(t) for _, t in lines], [float(x) for x, _ in lines], label=record["run_id"])
         scored = {stage: record[stage]["val_bpb"] for stage in Record.STAGES if record[stage]}
@@ -3595,7 +3652,9 @@ def draw_runs(config: Config, records: list[dict]):
     losses.legend()
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120)
-    write_files({Path(config.log_dir) / "results.png": picture.getvalue()})
+    path = Path(config.log_dir) / "results.png"
+    write_files({path: picture.getvalue()})
+    print("drawn:", path)
 
 
 def collect(config: Config):
@@ -3607,14 +3666,17 @@ def collect(config: Config):
     table, readme = results_table(records), Path("README.md")
     print(table)
     draw_runs(config, records)
+    if len(records) < len(config.records.split()):
+        raise UsageError("the table is all: no submission is made beside a run that did not end")
     check_one_system(records)
     submission = make_submission(config, records)
     if config.submission_name:
-        print(f"{write_submission_folder(config, records, submission)}: ready for a pull request")
-    write_files({Path("submission.json"): (json.dumps(submission, indent=2) + "\n").encode()})
-    marked = re.compile(b"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
-    if readme.is_file() and marked.search(text := readme.read_bytes()):
-        write_files({readme: marked.sub(lambda _: f"{table}\n".encode(), text)})
+        print(f"{write_submission_folder(config, records, submission)}: {submission_state(submission)}")
+    files = {Path("submission.json"): (json.dumps(submission, indent=2) + "\n").encode()}
+    if readme.is_file() and RESULTS_PLACE.search(text := readme.read_bytes()):
+        files[readme] = with_results(text, f"{table}\n")
+    write_files(files)
+    print("written:", *files)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3657,7 +3719,12 @@ def check_machine(config: Config, rt: Runtime):
             try:
                 tempfile.TemporaryFile(dir=there).close()
             except OSError as error:
-                raise UsageError(f"{name}={folder} cannot be written to: {error}") from error
+                raise UsageError(f"{name}={folder} cannot be written to: {error.strerror}") from error
+            if not PACKED and (name, config.mode) == ("OUT_DIR", "train"):
+                with torch.device("meta"):
+                    least, free = 4 * sum(p.numel() for p in GPT(config).parameters()), shutil.disk_usage(there).free
+                if free < least:
+                    raise UsageError(f"OUT_DIR={folder} has {free:,} bytes free, the weights alone are {least:,}")
 
 
 def run_training(config: Config, rt: Runtime):
@@ -3681,10 +3748,7 @@ def run_training(config: Config, rt: Runtime):
         model = GPT(config).to_compute(rt)
         rt.log(f"model_params: {sum(p.numel() for p in model.parameters())}")
         nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
-
-        def validate() -> Scores:
-            return evaluate(config, rt, nll_fn, val, config.eval_seq_len)
-
+        validate = functools.partial(evaluate, config, rt, nll_fn, val, config.eval_seq_len)
         initial = rt.gather(sha256(weights_file(model)))[0]
         warm_up(config, rt, model, loss_fn, data)
         record.check("warm_up_undone", all(rt.gather(sha256(weights_file(model)) == initial)),
@@ -3715,6 +3779,8 @@ def run_training(config: Config, rt: Runtime):
             rt.signals_wait = True  # further signals wait
             with contextlib.suppress(Exception):
                 write_files({out_dir / "stopped_model.pt": weights_file(model)} if rt.main else {})
+                if not PACKED:
+                    rt.log(f"the weights as they stand: {out_dir}/stopped_model.pt")
             raise
         stored = rt.gather((out_dir / ARTIFACT_NAME).read_bytes() if rt.main else None)[0]
         if rt.main and stored != artifact:
@@ -3799,6 +3865,9 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
             score_mixture(record, config, mixture, shares, predicted.result(), scores, begin)
     record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())
     final_checks(record, config, val)
+    if not PACKED:
+        rt.log(f"the score: {final_score(record.data)['val_bpb']:.5f} bits per byte, with "
+               f"{record.data['total_bytes']:,} bytes of code and artifact")
     record.seal()
 
 
@@ -3875,6 +3944,10 @@ def fail(message: str, code: int):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)  # torchrun kills all ranks when one ends: rank 0 prints its message first
     print(f"train_gpt.py: {message}", file=sys.stderr)
+    if not PACKED and "TORCHELASTIC_ERROR_FILE" in os.environ:  # what torchrun's own report ends with
+        with contextlib.suppress(OSError):
+            report = {"message": {"message": message, "extraInfo": {"timestamp": int(time.time())}}}
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(report))
     end_process(code)
 
 
@@ -3883,6 +3956,9 @@ def main():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic scores
     try:
         check_code()
+        if not PACKED and sys.argv[1:]:
+            raise UsageError(f"{sys.argv[1]}: settings are environment variables, `NAME=value torchrun ... "
+                             "train_gpt.py`; `MODE=help python train_gpt.py` lists them")
         config = read_config(os.environ)
         if not PACKED and config.mode == "help":
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `MODE=help ... | head` ends quietly

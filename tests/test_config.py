@@ -1,6 +1,7 @@
 """Room 1: settings, presets, and the errors that come before any work."""
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 
@@ -71,10 +72,10 @@ def test_values_of_the_other_presets():
 
 @pytest.mark.parametrize("env, said", [
     ({"RECUR_LAYERS": "3,x"}, "RECUR_LAYERS=3,x"), ({"RECUR_LAYERS": "\u00b2"}, "RECUR_LAYERS=\u00b2"),
-    ({"RECUR_LAYERS": ",", "LOOP_END": "12"}, "loop_end < num_layers"), ({"RUN_ID": "\u00e9"}, "RUN_ID=\u00e9"),
+    ({"RECUR_LAYERS": ",", "LOOP_END": "12"}, "LOOP_END < NUM_LAYERS"), ({"RUN_ID": "\u00e9"}, "RUN_ID=\u00e9"),
     ({"AUTHOR": "A\ncompliant: True"}, "printable text"), ({"RECUR_LAYERS": "3,11"}, "RECUR_LAYERS=3,11"),
     ({"VE_LAYERS": "11", "QUANTIZER": "sdclip"}, "VE_LAYERS=11"), ({"VE_LAYERS": "9"}, "QUANTIZER=trellis"),
-    ({"SELECTIVE_PRUNING_ENABLED": "1"}, "quantizer == 'sdclip'")])
+    ({"SELECTIVE_PRUNING_ENABLED": "1"}, "QUANTIZER == 'sdclip'")])
 def test_layer_lists_and_pieces_must_fit(env, said):
     assert said in error_of(**env)
 
@@ -139,6 +140,12 @@ def test_misspelt_name_is_reported_with_the_likely_one(wrong, meant):
     assert f"{wrong} is no setting; did you mean {meant}?" in error_of(**{wrong: 1})
 
 
+@pytest.mark.parametrize("name", ["iterations", "Matrix_LR", "seed"])
+def test_small_letters_are_a_mistake(name):
+    with pytest.raises(UsageError, match=f"{name} is no setting; did you mean {name.upper()}?"):
+        Config.from_env({name: "1"})
+
+
 def test_ordinary_environments_are_left_alone():
     names = """HOME PATH USER SHELL TERM LANG PWD OLDPWD HOSTNAME LOGNAME MAIL EDITOR PAGER DISPLAY TMPDIR
         VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHASHSEED OMP_NUM_THREADS MKL_NUM_THREADS
@@ -146,7 +153,7 @@ def test_ordinary_environments_are_left_alone():
         GROUP_RANK ROLE_RANK ROLE_NAME MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID NCCL_DEBUG
         TORCH_NCCL_ASYNC_ERROR_HANDLING SLURM_JOB_ID SLURM_NODEID HF_HOME WANDB_PROJECT CI GITHUB_ACTIONS
         CUBLAS_WORKSPACE_CONFIG TRITON_CACHE_DIR XDG_DATA_DIRS SSH_AUTH_SOCK KUBERNETES_PORT RUNPOD_POD_ID
-        PUBLIC_KEY NVIDIA_VISIBLE_DEVICES COLUMNS LINES SHLVL INVOCATION_ID""".split()
+        PUBLIC_KEY NVIDIA_VISIBLE_DEVICES http_proxy no_proxy _ COLUMNS LINES SHLVL INVOCATION_ID""".split()
     assert Config.from_env(dict.fromkeys(names, "1")) == Config.from_env({})
 
 
@@ -217,10 +224,15 @@ def test_an_artifact_with_a_preset_that_is_none_is_refused(preset):
 
 def test_help_lists_every_variable_with_default_and_meaning(capsys):
     train_gpt.print_help()
-    lines = capsys.readouterr().out.splitlines()
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 120
+    entries = [" ".join(entry.split()) for entry in re.split(r"\n  (?=\w)", text)]
     for field in dataclasses.fields(Config):
-        line, = (line for line in lines if line.startswith(f"  {field.name.upper()} "))
-        assert field.metadata["meaning"] in line and type(field.default).__name__ in line
+        entry, = (entry for entry in entries if entry.startswith(f"{field.name.upper()} "))
+        limits = field.metadata
+        assert limits["meaning"] in entry and f" {type(field.default).__name__} " in entry
+        assert limits["low"] is None or f" [{limits['low']} to {limits['high']}]" in entry
+        assert not limits["choices"] or f" [{', '.join(limits['choices'])}]" in entry
 
 
 def test_import_has_no_side_effects(tmp_path):

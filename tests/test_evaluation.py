@@ -182,7 +182,7 @@ class WordPerToken:
     piece_to_id = staticmethod(lambda piece: 4)
     id_to_piece = staticmethod(lambda token: f"p{token}")
     vocab_size = staticmethod(lambda: 300)
-    serialized_model_proto = staticmethod(lambda: b"")
+    sha256 = ""
     is_unknown = is_control = is_unused = is_byte = staticmethod(lambda token: False)
 
 

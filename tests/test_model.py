@@ -460,3 +460,18 @@ def test_compiled_loss_is_the_eager_one(looping):
         results.append([loss.detach(), *(p.grad for p in model.parameters())])
     for got, expected in zip(*results):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_bank_without_inputs_for_gptq_is_refused_at_once():
+    """It would be missed after training only, or be quantized as if its inputs were white."""
+    class Gated(train_gpt.GPT):
+        sites = {}
+
+        def matrix_sites(self):
+            return {**super().matrix_sites(), **self.sites}
+
+    config = tiny_config()
+    for sites in ({"up_bank": ["a"]}, {"up_bank": []}):
+        Gated.sites = sites
+        with pytest.raises(train_gpt.UsageError, match="GPT.matrix_sites must name the inputs of the .* of up_bank"):
+            Gated(config)

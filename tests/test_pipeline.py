@@ -1,4 +1,5 @@
 """The whole pipeline as a user runs it: torchrun, one and two ranks, MODE=eval from the packed script alone."""
+import contextlib
 import json
 import os
 import re
@@ -10,12 +11,14 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, torchrun
+from conftest import ROOT, tiny_config, torchrun
 
 import train_gpt
+from train_gpt import UsageError
 
 SMALL = {"PRESET": "smoke", "NUM_LAYERS": "4", "LOOP_START": "1", "LOOP_END": "2", "NUM_LOOPS": "1",
          "PARALLEL_RESIDUAL_START": "3", "ITERATIONS": "6", "WARMUP_STEPS": "1", "EVAL_STRIDE": "64", "TTT_EPOCHS": "1",
@@ -218,14 +221,24 @@ BAD_INPUT = [
                  "sequences of 128: use 1, 3, 9 ranks", marks=pytest.mark.slow),
     (0, {"PRESET": "pr1541", "DEVICE": "cpu"}, "PRESET=smoke"),
     (0, {"MODE": "eval", "OUT_DIR": "nowhere"}, "MODE=eval needs the artifact nowhere/final_model.ptz"),
+    (1, {"DATA_DIR": "nowhere", "CORPUS": "shards"}, "no tokenizer at nowhere/"),
     pytest.param(0, {"TTT_EPOCH": "2"}, "did you mean TTT_EPOCHS?", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("ranks, env, message", BAD_INPUT, ids=range(len(BAD_INPUT)))
 def test_bad_input_ends_in_one_message_before_any_work(tmp_path, ranks, env, message):
     done = torchrun(ranks, str(ROOT / "train_gpt.py"), cwd=tmp_path, env={**SMALL, **env})
-    assert done.returncode != 0 and done.stderr.count(message) == 1
+    assert done.returncode != 0 and done.stderr.count(message) == (2 if ranks else 1)
+    assert message in "".join(done.stderr.splitlines()[-3:]), "torchrun's report, too, ends with it"
     assert "train_loss" not in done.stdout and not (tmp_path / "logs").exists()
+
+
+def test_arguments_are_refused(tmp_path):
+    """`--help` would otherwise begin a run."""
+    for argument in ("--help", "ITERATIONS=5"):
+        done = torchrun(0, str(ROOT / "train_gpt.py"), argument, cwd=tmp_path, env=SMALL)
+        assert done.returncode == 2 and f"train_gpt.py: {argument}: settings are environment" in done.stderr
+        assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("env", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "two"},
@@ -241,8 +254,9 @@ def test_half_a_launcher_is_refused(monkeypatch, env):
 
 OWN_VARIABLE = """
 import os, runpy, sys
-os.environ[sys.argv[2]] = os.environ["RANK"]
-runpy.run_path(sys.argv[1], run_name="__main__")
+path, os.environ[sys.argv[2]] = sys.argv[1], os.environ["RANK"]
+del sys.argv[1:]
+runpy.run_path(path, run_name="__main__")
 """
 
 
@@ -305,6 +319,16 @@ def test_a_full_disk_loses_no_artifact(runs, tmp_path):
     assert done.returncode == 1 and "train_gpt.py: [Errno 27]" in done.stderr and "Traceback" not in done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert "File too large" in json.loads((tmp_path / "logs" / "run.json").read_text())["stopped"]
+
+
+def test_a_disk_without_room_for_the_weights_is_named_before_any_work(tmp_path, rt, monkeypatch):
+    """GPT's weights in fp32, to the byte."""
+    config = tiny_config(out_dir=tmp_path / "out", log_dir=tmp_path)
+    weights = 4 * sum(p.numel() for p in train_gpt.GPT(config).parameters())
+    for free in (weights, weights - 1):
+        monkeypatch.setattr(train_gpt.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with contextlib.nullcontext() if free == weights else pytest.raises(UsageError, match=f"alone are {weights:,}"):
+            train_gpt.check_machine(config, rt)
 
 
 @pytest.mark.parametrize("name, folder", [

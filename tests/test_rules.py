@@ -1,4 +1,4 @@
-"""RULES.md, row by row: what makes a score count. Beside each check stands a violation that it must catch.
+"""The rules, one by one: what makes a score count. Beside each check stands a violation that it must catch.
 
 The four conditions go through the real evaluation code, in all modes, on one rank and on two (this file, run as a
 script by torchrun, is then each rank's program). Rule or public failure: its tests, here and beside here.
@@ -667,15 +667,16 @@ def test_a_byte_mixture_stands_beside_the_neural_score(values, stage, corpus, tm
         assert record["ppm"]["val_bpb"] == pytest.approx(nll.sum() / math.log(2) / val.bytes, abs=1e-5)
 
 
-@pytest.mark.parametrize("mode, less, ok", [("trie", 0, True), ("spread", 0, False), ("trie", 0.001, False)])
-def test_the_mixtures_figure_is_what_its_shares_make(mode, less, ok, tmp_path, rt):
+@pytest.mark.parametrize("mode, less, more, ok", [
+    ("trie", 0, 0, True), ("spread", 0, 0, False), ("trie", 0.001, 0, False), ("trie", 0, 1, False)])
+def test_the_mixtures_figure_is_what_its_shares_make(mode, less, more, ok, tmp_path, rt):
     """Never the better of two for a token, and held against the neural score; log and record tell the same."""
     rng, config = np.random.default_rng(0), small_config(PPM_ENABLED=1, PPM_MODE=mode, LOG_DIR=tmp_path)
     length = rng.integers(1, 4, 50)
     share, predicted = (rng.uniform(0.05, 0.95, length.sum()).astype(np.float32) for _ in range(2))
     rest = rng.uniform(0, 1, 50)
     alone = rest - np.bincount(np.repeat(np.arange(50), length), np.log(share.astype(np.float64)), 50)
-    val = SimpleNamespace(targets=50, bytes=int(length.sum()), left_out=0,
+    val = SimpleNamespace(targets=50, bytes=int(length.sum()) + more, left_out=0,
                           bits_per_byte=lambda nats: nats / math.log(2) / length.sum())
     record, lines = train_gpt.Record(config, rt, "run"), []
     scores = SimpleNamespace(val=val, nll=torch.from_numpy(alone))
@@ -1224,8 +1225,9 @@ USERS = {
     + ["rehearse", "run_training", "score_artifact"] + ["score_mixture"] * 2,
     "start=": ["RansDecoder.__init__", "TrainData.window", "deviation", "evaluate_ttt", "rans_encode", "run_training",
                "score_artifact", "score_windows", "score_windows", "windows"],
-    "PACKED": ["", "", "", "Config.from_env", "Runtime.__init__", "TrellisQuantizer.__init__", "causal_attention",
-               "check_machine", "main", "main", "pack_source"]}
+    "PACKED": ["", "", "", "Config.from_env", "GPT.__init__", "Runtime.__init__", "TrellisQuantizer.__init__",
+               "causal_attention", "check_machine", "check_machine", "fail", "main", "main", "main", "pack_source",
+               "rule_with_values", "run_training", "score_artifact", "train"]}
 
 
 def test_every_rule_has_a_test():
@@ -1302,7 +1304,7 @@ def test_the_clock_waits_for_the_device(monkeypatch):
 
 def test_the_record_names_the_hardware(rt, monkeypatch):
     """What stands in it is what PyTorch says of the devices in use."""
-    assert rt.hardware() == f"1x CPU rank, {os.cpu_count()} cores ({os.uname().machine})"
+    assert rt.hardware() == f"1x CPU rank, {torch.get_num_threads()} threads ({os.uname().machine})"
     monkeypatch.setattr(rt, "device", torch.device("cuda"))
     monkeypatch.setattr(rt, "world", 8)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")

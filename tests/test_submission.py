@@ -626,24 +626,24 @@ def test_half_of_a_split_must_be_letters(record, share, ok):
 
 
 def test_quotes_and_blanks_beyond_ascii_are_no_letters():
-    """A page that was copied with no-break spaces and curly quotes is the same text; byte pieces are letters."""
+    """A page that was copied with no-break spaces and curly quotes is the same text, also if byte pieces spell them."""
     class Pieces(Characters):
         def is_byte(self, token):
-            return token == 2
+            return token in (2, 8)
 
         def id_to_piece(self, token):
-            return "<0xE4>" if token == 2 else {3: "\u00a0", 4: "\u201c", 5: "\u00c4", 6: "\u200b", 7: "_"}.get(
+            return {2: "<0xC2>", 3: "\u00a0", 4: "\u201c", 5: "\u00c4", 6: "\u200b", 7: "_", 8: "<0xA0>"}.get(
                 token, chr(token))
 
     tokens = np.random.default_rng(0).integers(97, 123, 5000)
-    tokens[::9], tokens[5::11] = 5, 2
+    tokens[::9] = 5
     val = types.SimpleNamespace(tokenizer=Pieces(), sha256="5", bytes=9000)
     keys = train_gpt.passage_keys(tokens, val)
-    other = np.insert(tokens, np.arange(0, 5000, 3), np.resize([3, 4, 6, 7], 1667))
-    assert len(keys) > 300 and np.array_equal(train_gpt.passage_keys(other, val), keys)
-    for letter in (5, 2):
-        fewer = train_gpt.passage_keys(tokens[tokens != letter], val)
-        assert not np.isin(keys, fewer).any(), "they are letters"
+    assert len(keys) > 300
+    for sign in ([3], [4], [6], [7], [2, 8], [2], [8], [2, 3, 8]):  # no-break blanks, and bytes that are no text
+        other = np.concatenate([[*sign, *tokens[i:i + 90]] for i in range(0, 5000, 90)])
+        assert np.array_equal(train_gpt.passage_keys(other, val), keys), sign
+    assert not np.isin(keys, train_gpt.passage_keys(tokens[tokens != 5], val)).any(), "it is a letter"
 
 
 def test_a_letter_that_byte_pieces_spell_is_that_letter():
@@ -876,7 +876,7 @@ def test_failed_checks_are_shown(record, tmp_path, monkeypatch):
     record.check("normalized_ttt", False, "")
     records = contest_records(record)
     everyone = "| held_out, causal, no_early_training, normalized_ttt |"
-    assert train_gpt.results_table(records).splitlines()[-1].endswith(everyone)
+    assert all(everyone in row for row in train_gpt.results_table(records).splitlines()[2:])
     collected(tmp_path, monkeypatch, records, submission_name="x")
     readme, = (tmp_path / "records").glob("*/README.md")
     for seed in (42, 314, 999):
@@ -943,15 +943,33 @@ def test_nothing_but_the_seed_may_differ(record):
     {"preset": "smoke"}, {"source_sha256": "0"}, {"code_sha256": "0"},
     {"train_sha256": "0"}, {"val_sha256": "0"}, {"tokenizer_sha256": "0"}, {"hardware": "8x NVIDIA H200"},
     {"torch": "2.9.0"}, {"python": "3.10.0"}, {"attention_backend": "fa3"}, {"mode": "eval"}, {"seed": 42},
-    {"artifact_sha256": "42"}, {"compliant": None, "stopped": "RunStopped"}], ids=str)
+    {"artifact_sha256": "42"}, {"compliant": None}, {"stopped": "a signal came"}], ids=str)
 def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch, change, capsys):
     records = contest_records(record)
     records[1].update({**change, "settings": {**records[1]["settings"], **change.get("settings", {})}})
     key, = list(change)[:1]
-    with pytest.raises(UsageError, match="no finished run" if key in ("mode", "compliant") else key):
+    told = {"mode": "no finished run", "compliant": "no finished run", "stopped": "did not end"}.get(key, key)
+    with pytest.raises(UsageError, match=told):
         collected(tmp_path, monkeypatch, records)
     assert not (tmp_path / "submission.json").exists()
-    assert "run999" in capsys.readouterr().out, "the table is printed for any records"
+    out = capsys.readouterr().out
+    assert "| run999 |" in out, "the table is printed for any records"
+    assert ("left out: 1.json, a run that did not end (a signal came)" in out) == (key == "stopped")
+    assert ("| run314 |" in out) == (key != "stopped")
+
+
+def test_the_table_names_the_settings_that_differ(record):
+    """What a sweep is read by: values, the default's included, and nothing that all have in common."""
+    record.data["settings"] = {"run_id": "base", "seed": 42, "preset": "pr1541"}
+    lower = {**record.data, "run_id": "lower", "settings": {"run_id": "lower", "seed": 42, "matrix_lr": 0.02,
+                                                            "preset": "pr1541", "ttt_enabled": False}}
+    rows = train_gpt.results_table([record.data, lower]).splitlines()
+    assert rows[0].endswith("| failed checks | settings that differ |") and len({row.count("|") for row in rows}) == 1
+    assert {row.split(" | ")[-1] for row in rows[2:]} == {"MATRIX_LR=0.03 TTT_ENABLED=1 |",
+                                                          "MATRIX_LR=0.02 TTT_ENABLED=0 |"}
+    assert "settings that differ" not in train_gpt.results_table([record.data, {**record.data, "seed": 1}])
+    with pytest.raises(UsageError, match=r"settings differs \(MATRIX_LR=0.02 TTT_ENABLED=0 and MATRIX_LR=0.03 "):
+        train_gpt.check_one_system([{**r, "mode": "train", "compliant": True} for r in (record.data, lower)])
 
 
 @pytest.mark.parametrize("change", [
@@ -1000,6 +1018,18 @@ def test_a_failed_check_cannot_be_left_out(record, tmp_path, monkeypatch):
     log = {**record.data, "compliant": True}
     with pytest.raises(UsageError, match="tells of other checks"):
         collected(tmp_path, monkeypatch, [{**log, "checks": kept}], logs_of=[log])
+
+
+@pytest.mark.parametrize("check", ["held_out", "complete"])
+def test_compliant_is_what_the_checks_make_it(record, tmp_path, monkeypatch, check):
+    """Where record, log and seal agree: a failed check, or none that says that all were made."""
+    finish(record)
+    checks = [{**c, "ok": False} if c["name"] == check != "complete" else c for c in record.data["checks"]]
+    checks = [c for c in checks if c["name"] != "complete" or check != "complete"]
+    record.data["artifact_sha256"] = "5"
+    assert record.data["compliant"] is True and collected(tmp_path, monkeypatch, [record.data])
+    with pytest.raises(UsageError, match="`compliant` contradicts its checks"):
+        collected(tmp_path, monkeypatch, [{**record.data, "checks": checks}])
 
 
 def test_a_record_is_never_overwritten_by_the_submission(record, tmp_path, monkeypatch):
@@ -1063,7 +1093,16 @@ def test_the_standing_record_must_be_beaten_by_five_millinats(record, tmp_path, 
             collected(tmp_path, monkeypatch, contest_records(record)[:records], reference_bpb=reference)
 
 
-def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypatch):
+@pytest.mark.parametrize("changed, seeds, state", [
+    ({}, 3, "Ready for a pull request"), ({}, 2, "A contest run, but not of three seeds"),
+    ({"hardware": "1x CPU rank, 2 threads (x86_64)"}, 3, "A rehearsal")])
+def test_a_records_folder_says_what_it_is(record, tmp_path, monkeypatch, capsys, changed, seeds, state):
+    collected(tmp_path, monkeypatch, contest_records(record, **changed)[:seeds], submission_name="x")
+    readme, = (tmp_path / "records").glob("*/README.md")
+    assert f": {state}" in capsys.readouterr().out and f"\n\n{state}" in readme.read_text()
+
+
+def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypatch, capsys):
     records = contest_records(record)
     submission = collected(tmp_path, monkeypatch, records, submission_name="Some name / 2")
     folder, = (tmp_path / "records").iterdir()
@@ -1073,7 +1112,15 @@ def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypa
     assert train_gpt.sha256((folder / "train_gpt.py").read_bytes()) == submission["code_sha256"]
     assert json.loads((folder / "submission.json").read_text()) == submission
     readme = (folder / "README.md").read_text()
-    assert "| run42 |" in readme and "total_bytes ok" in readme
+    assert "| run42 |" in readme and "total_bytes ok" in readme and "Ready for a pull request" in readme
+    assert "ready" not in capsys.readouterr().out.replace("Ready for a pull request", "", 1)
+    (folder / "README.md").write_text(f"{readme}How it works.\n".replace("| run42 |", "| old |"))
+    collected(tmp_path, monkeypatch, records, submission_name="Some name / 2")
+    assert (folder / "README.md").read_text() == f"{readme}How it works.\n", "what was written by hand stays"
+    (folder / "README.md").write_text("How it works.\n")
+    with pytest.raises(UsageError, match="README.md was not made here"):
+        collected(tmp_path, monkeypatch, records, submission_name="Some name / 2")
+    (folder / "README.md").unlink()
     (folder / "another.json").write_text("{}")
     with pytest.raises(UsageError, match="holds another.json already"):
         collected(tmp_path, monkeypatch, records, submission_name="Some name / 2")

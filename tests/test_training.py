@@ -148,12 +148,14 @@ def test_looping_switches_on_at_its_part_of_the_run(data_dir):
     assert [line for line in run.lines if line.startswith("layer_loop")] == [
         "layer_loop:enabled step:4 frac:0.400 encoder:[0, 1, 2, 3, 2] decoder:[3, 2, 3, 4, 5]"]
     assert run.model.looping
+    assert not any("did not run" in line for line in run.lines)
 
 
 def test_looping_at_once_never_and_not_at_all(data_dir):
     assert train_run(tiny_config(data_dir=data_dir, iterations=2, enable_looping_at=0)).looping == [True, True]
     late = train_run(tiny_config(data_dir=data_dir, iterations=2, enable_looping_at=1))
     assert late.looping == [False, False] and late.model.looping  # scored with the loops all the same
+    assert any(line.startswith("the loops did not run in training: RECUR_START_STEP") for line in late.lines)
     assert "layer_loop:enabled step:2 frac:1.000 encoder:[0, 1, 2, 3, 2] decoder:[3, 2, 3, 4, 5]" in late.lines
     without = train_run(tiny_config(data_dir=data_dir, iterations=2, enable_looping_at=0, num_loops=0))
     assert without.looping == [False, False] and not without.model.looping
