@@ -2799,7 +2799,8 @@ class Record:
     It is the one source of figures: submission.json and the README's table are made from records alone.
     """
 
-    STAGES = ("prequant", "prequant_ttt", "quantized", "sliding", "ttt")
+    STAGES = {"prequant": "pre-quantization post-ema", "prequant_ttt": "pre-quantization post-ttt",  # as logs say it
+              "quantized": "quantized", "sliding": "quantized_sliding_window", "ttt": "quantized_ttt"}
     KEYS = ("run_id", "mode", "preset", "seed", "settings", "date", "hardware", "world_size", "python", "torch",
             "attention_backend", "source_sha256", "steps", "train_seconds", "calibration_seconds", "quantize_seconds",
             "artifact_seconds", "step_ms", "tokens_per_second", "peak_memory_mib", "train_sha256", "val_tokens",
@@ -2844,13 +2845,12 @@ class Record:
     def check(self, name: str, ok: bool, detail: str):
         """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
         self.data["checks"].append({"name": name, "ok": bool(ok), "detail": str(detail)})
-        outcome = "ok" if ok else "FAILED"
-        self.rt.log(f"check {name}: {outcome} ({detail})")
+        self.rt.log(f"check {name}: {'ok' if ok else 'FAILED'} ({detail})")
 
-    def stage(self, name: str, label: str, scores: Scores):
+    def stage(self, name: str, scores: Scores):
         """Log and enter a finished evaluation, and check that it scored every target once."""
         result = scores.finish()
-        self.rt.log(f"{label} {score_line(result)}")
+        self.rt.log(f"{self.STAGES[name]} {score_line(result)}")
         once = int((scores.times_scored == 1).sum())
         self.check(f"single_pass_{name}", once == scores.val.targets,
                    f"{once} of {scores.val.targets} targets scored exactly once")
@@ -2965,9 +2965,11 @@ def check_held_out(record: Record, val: ValidationData, data: TrainData):
     record.rt.all_reduce(found)
     copied, foreign = int((found[:len(keys)] > 0).sum()), int((found[val.tokens.long() + len(keys)] == 0).sum())
     short = sum(n for n in map(len, data.shards) if n < 1024)
+    if not PACKED:
+        record.rt.log(f"training shards: {len(data.shards)} of {sum(map(len, data.shards))} tokens")
     record.check("held_out", len(keys) and copied <= 0.1 * len(keys) and max(foreign, short) <= 0.1 * val.targets,
                  f"{copied} of {len(keys)} passages of the split stand in the training shards, {foreign} of its tokens "
-                 f"nowhere there; {short} tokens in shards too short for passages")
+                 f"nowhere there; {short} tokens in shards too short for passages; at most a tenth each")
 
 
 def artifact_rng(record: Record) -> np.random.Generator:
@@ -3464,14 +3466,14 @@ def welch_test(ours: list[float], reference: list[float], margin: float) -> dict
             "significant": p < 0.01}
 
 
-def expected_lines(record: Mapping[str, object]) -> list[str]:
-    """What the log of a record's run must say, too; raise ValueError if `compliant` is not what the checks make it."""
-    checks = [(check["name"], check["ok"]) for check in record["checks"]]
-    if record["compliant"] not in (None, ("complete", True) in checks and all(ok for _, ok in checks)):
-        raise ValueError("`compliant` contradicts its checks")
-    return [*(f"{line}\n" for line in record_lines(record)),
-            *(f"check {name}: {'ok' if ok else 'FAILED'} (" for name, ok in checks),
-            *(f" {score_line(record[stage])}\n" for stage in (*Record.STAGES, "ppm") if record[stage])]
+def told(log: str, record: Mapping[str, object]) -> tuple[set[str], set[str]]:
+    """What a log says of a record's entries, scores and checks, and what the record says of them, line by line."""
+    labels = {**Record.STAGES, "ppm": "quantized_ppm"}
+    begins = (*(f"{key}: " for key in {*Record.KEYS} - {*labels, "checks"}), *(f"{label} val_loss:" for label in labels.values()), "check ")
+    return ({line for line in log.splitlines() if line.startswith(begins)}, {
+        *record_lines(record),
+        *(f"check {c['name']}: {'ok' if c['ok'] else 'FAILED'} ({c['detail']})" for c in record["checks"]),
+        *(f"{label} {score_line(record[stage])}" for stage, label in labels.items() if record[stage])})
 
 
 def read_records(config: Config) -> list[dict]:
@@ -3496,10 +3498,12 @@ def read_records(config: Config) -> list[dict]:
             results_table(records[-1:])  # raises what is caught below if a figure is not where it belongs
             if (type(records[-1]["settings"]), type(records[-1]["hardware"])) != (dict, str):
                 raise ValueError("settings or hardware are of the wrong type")
-            text = log.decode()
-            missing = [line for line in expected_lines(records[-1]) if line not in text]
-            if missing or text.count("\ncheck ") != len(records[-1]["checks"]):
-                raise ValueError(f"its log does not say {missing[:1]}, or tells of other checks")
+            checks = [(check["name"], check["ok"]) for check in records[-1]["checks"]]
+            if records[-1]["compliant"] not in (None, ("complete", True) in checks and all(ok for _, ok in checks)):
+                raise ValueError("`compliant` contradicts its checks")
+            logged, recorded = told(log.decode(), records[-1])
+            if logged != recorded:
+                raise ValueError(f"record and log do not say the same: {sorted(logged ^ recorded)[:2]}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             known = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
             raise UsageError(f"RECORDS: {path} is no record of a run ({known})") from error
@@ -3581,7 +3585,11 @@ def submission_state(submission: Mapping[str, object]) -> str:
     """Say what the records make: a pull request, or less."""
     if submission["rehearsal"]:
         return "A rehearsal: not all of it is compliant runs on 8xH100 and FineWeb, submission.json says null"
-    return "Ready for a pull request" if len(submission["seeds"]) >= 3 else "A contest run, but not of three seeds"
+    missing = [what for what, there in (
+        ("three seeds", len(submission["seeds"]) >= 3), ("AUTHOR", submission["author"]),
+        ("GITHUB_ID", submission["github_id"]), ("a difference from REFERENCE_BPB that is significant",
+         not submission["significance"] or submission["significance"]["significant"])) if not there]
+    return f"A contest run without {', '.join(missing)}" if missing else "Ready for a pull request"
 
 
 def write_submission_folder(config: Config, records: list[dict], submission: Mapping[str, object]) -> Path:
@@ -3599,10 +3607,14 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
                        for r in records for c in r["checks"])
     title = config.submission_name.replace("<", "&lt;")  # no table of its own
     command = f"torchrun --standalone --nproc_per_node={records[0]['world_size']} train_gpt.py"
-    results = (f"{results_table(records)}\n\n{submission_state(submission)}. Made from the records beside this file, "
-               "by `MODE=collect`; what stands outside the marks is left alone. `train_gpt.py` is the script as it "
-               "was counted: its errors name lines of its readable source. It needs torch, numpy, sentencepiece and "
-               "brotli, and the data in `DATA_DIR`. The run again, and the score of its artifact alone:\n\n"
+    figures = submission["rehearsal"] or submission
+    spread = f"{figures['val_bpb_std']:.5f}" if figures["val_bpb_std"] is not None else "unknown"
+    results = (f"{results_table(records)}\n\n{submission_state(submission)}. Mean val_bpb {figures['val_bpb']:.5f}, "
+               f"standard deviation {spread}.\n\nMade from the records beside this file, by `MODE=collect`; what "
+               "stands outside the marks is left alone. `train_gpt.py` is the script as it was counted: its errors and "
+               f"checks name lines and values of its readable source (SHA-256 {records[0]['source_sha256']}). It needs torch, "
+               "numpy, sentencepiece and brotli, and the data in `DATA_DIR`. The run again, and the score of its "
+               "artifact alone:\n\n"
                f"    SEED={records[0]['seed']} {assignments(shared_settings(records[0]))} {command}\n"
                f"    MODE=eval {command}\n\n## Checks\n\n{checks}\n")
     readme = folder / "README.md"
@@ -3640,9 +3652,8 @@ def draw_runs(config: Config, records: list[dict]):
         print("no picture: matplotlib is not installed (pip install matplotlib)")
         return
     losses, stages = (figure := Figure((10, 3.5), layout="constrained")).subplots(1, 2)
-    ended = (path for path in map(Path, config.records.split()) if not json.loads(path.read_bytes())["stopped"])
-    for record, path in zip(records, ended):
-        log = path.with_suffix(".txt").read_text(encoding="utf-8")
+    for record, path in zip(records, config.records.split()):
+        log = Path(path).with_suffix(".txt").read_text(encoding="utf-8")
         lines = re.findall(r"train_loss: (\S+) train_time: (\S+)m", log)
         losses.plot([float(t) for _, t in lines], [float(x) for x, _ in lines], label=record["run_id"])
         scored = {stage: record[stage]["val_bpb"] for stage in Record.STAGES if record[stage]}
@@ -3665,11 +3676,11 @@ def collect(config: Config):
     records = read_records(config)
     table, readme = results_table(records), Path("README.md")
     print(table)
-    draw_runs(config, records)
     if len(records) < len(config.records.split()):
         raise UsageError("the table is all: no submission is made beside a run that did not end")
     check_one_system(records)
     submission = make_submission(config, records)
+    draw_runs(config, records)
     if config.submission_name:
         print(f"{write_submission_folder(config, records, submission)}: {submission_state(submission)}")
     files = {Path("submission.json"): (json.dumps(submission, indent=2) + "\n").encode()}
@@ -3759,7 +3770,7 @@ def run_training(config: Config, rt: Runtime):
             record.set(steps=steps, train_seconds=seconds, step_ms=1000 * seconds / steps,
                        tokens_per_second=round(steps * config.train_batch_tokens / seconds))
             with rt.pause():
-                record.stage("prequant", "pre-quantization post-ema", validate())
+                record.stage("prequant", validate())
             if config.prequant_ttt_enabled:
                 legal, length = config.prequant_ttt_data == "train", config.train_seq_len
                 record.check("no_early_training", legal, f"PREQUANT_TTT_DATA={config.prequant_ttt_data}: nothing may "
@@ -3768,7 +3779,7 @@ def run_training(config: Config, rt: Runtime):
                              val.tokens.unfold(0, length + 1, length))
                 prequant_ttt(config, rt, model, loss_fn, sequences)
                 with rt.pause():
-                    record.stage("prequant_ttt", "pre-quantization post-ttt", validate())
+                    record.stage("prequant_ttt", validate())
             artifact = make_artifact(config, rt, record, model, data.in_order(1), start)
             if rt.main:
                 write_files({out_dir / ARTIFACT_NAME: artifact, out_dir / "final_model.pt": weights_file(model),
@@ -3839,15 +3850,14 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     def look(scores: Scores, chosen: list[tuple[int, int]], times: int) -> list[Tensor]:
         return [deviation(config, model, scores, chosen[rng.integers(len(chosen))]) for _ in range(times)]
 
-    walks = [("quantized", "quantized", config.eval_seq_len)]
-    walks += [("sliding", "quantized_sliding_window", config.eval_stride)] * config.sliding_window_enabled
+    walks = [("quantized", config.eval_seq_len)] + [("sliding", config.eval_stride)] * config.sliding_window_enabled
     if config.ppm_enabled:  # PPM itself knows the text alone, and has a thread of its own
         begin, mixture = rt.clock(), ByteShares(rt, val, ByteTrie(val.tokenizer, rt.device), model)
         predicted = ThreadPoolExecutor(1).submit(predict_split, config, mixture) if rt.main else None
-    for stage, label, stride in walks:
+    for stage, stride in walks:
         mixed = mixture if config.ppm_enabled and not config.ttt_enabled and stage == walks[-1][0] else nll_fn
         scores = evaluate(config, rt, mixed, val, stride)
-        record.stage(stage, label, scores)
+        record.stage(stage, scores)
         chosen = windows(config, val.targets, stride)
         times = len(rt.share(windows_to_check(len(chosen))))
         check_entered(record, scores, stage, look(scores, chosen, times), tolerance)
@@ -3857,7 +3867,7 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
         deviations = []
         scores = evaluate_ttt(config, rt, model, loss_fn, mixture if config.ppm_enabled else nll_fn, val,
                               lambda *seen: deviations.extend(look(*seen)))
-        record.stage("ttt", "quantized_ttt", scores)
+        record.stage("ttt", scores)
         check_entered(record, scores, "ttt", deviations, tolerance)
     if config.ppm_enabled:
         shares = mixture.finish()

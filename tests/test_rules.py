@@ -7,7 +7,8 @@ script by torchrun, is then each rank's program). Rule or public failure: its te
     the artifact alone, no network: test_packed_script_scores_the_artifact_alone, test_nothing_outside_is_needed
     600 s of training: test_no_time_is_free, test_all_up_to_the_artifact_counts_as_training_time
     600 s of evaluation: test_no_time_is_free, test_all_from_the_artifact_on_counts_as_evaluation_time
-    0.005 nats, p < 0.01, three seeds: test_the_standing_record_must_be_beaten_by_five_millinats
+    0.005 nats, p < 0.01, three seeds: test_the_standing_record_must_be_beaten_by_five_millinats,
+        test_welch_test_against_closed_forms, test_four_seeds_that_are_not_alike
     a submission's folder: test_a_records_folder_is_ready_for_a_pull_request
     Python 3.10 (#1541): test_the_packed_script_parses_on_python_310
     causal, normalized, score before update, single pass (#1017): test_conditions_on_one_rank,
@@ -26,7 +27,7 @@ script by torchrun, is then each rank's program). Rule or public failure: its te
         test_mixture_is_a_distribution_over_the_real_vocabulary, test_the_mixtures_figure_is_what_its_shares_make,
         test_a_byte_mixture_stands_beside_the_neural_score
     a subset as the split (#1858), a window left out (#2014): test_a_split_is_read_whole,
-        test_dropped_tail_is_not_compliant
+        test_all_validation_shards_are_scored, test_dropped_tail_is_not_compliant
     time that GPTQ took beyond the reserve (#1541): test_all_up_to_the_artifact_counts_as_training_time
     a script that overwrites itself (#1858): test_the_running_script_is_never_overwritten,
         test_later_seeds_pack_the_same_code
@@ -1219,15 +1220,15 @@ USERS = {
     "shard_files": ["TrainData.__init__", "ValidationData.__init__"],
     "open_shard": ["TrainData.__init__", "ValidationData.__init__"],
     "shards": ["TrainData.__init__"] * 3 + ["TrainData.changes"] + ["TrainData.window"] * 2
-    + ["ValidationData.__init__"] * 3 + ["check_held_out"] * 2,
+    + ["ValidationData.__init__"] * 3 + ["check_held_out"] * 4,
     "nll": ["GPT.nll"] * 2 + ["Scores.__init__"] + ["Scores.add"] * 2 + ["Scores.finish"] * 4
     + ["check_entered"] * 2 + ["check_scoring", "collect_sensitivities"] + ["deviation"] * 3
     + ["rehearse", "run_training", "score_artifact"] + ["score_mixture"] * 2,
     "start=": ["RansDecoder.__init__", "TrainData.window", "deviation", "evaluate_ttt", "rans_encode", "run_training",
                "score_artifact", "score_windows", "score_windows", "windows"],
     "PACKED": ["", "", "", "Config.from_env", "GPT.__init__", "Runtime.__init__", "TrellisQuantizer.__init__",
-               "causal_attention", "check_machine", "check_machine", "fail", "main", "main", "main", "pack_source",
-               "rule_with_values", "run_training", "score_artifact", "train"]}
+               "causal_attention", "check_held_out", "check_machine", "check_machine", "fail", "main", "main", "main",
+               "pack_source", "rule_with_values", "run_training", "score_artifact", "train"]}
 
 
 def test_every_rule_has_a_test():

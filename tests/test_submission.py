@@ -462,6 +462,14 @@ def test_the_running_script_is_never_overwritten(mode):
         train_gpt.read_config({"MODE": mode, "OUT_DIR": str(ROOT)})
 
 
+@pytest.mark.parametrize("running", [True, False])
+def test_the_running_script_is_not_overwritten_though_it_is_a_packed_one(tmp_path, monkeypatch, running):
+    (tmp_path / "train_gpt.py").write_bytes(train_gpt.PACKED_FIRST_LINE + b"...")
+    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / ("train_gpt.py" if running else "another.py")))
+    with pytest.raises(UsageError, match="would overwrite") if running else contextlib.nullcontext():
+        train_gpt.read_config({"MODE": "pack", "OUT_DIR": str(tmp_path)})
+
+
 @pytest.mark.parametrize("mode, refused", [("train", True), ("pack", True), ("eval", False)])
 def test_another_projects_script_is_never_overwritten(tmp_path, mode, refused, monkeypatch):
     monkeypatch.setattr(train_gpt, "read_artifact", lambda folder: pack_artifact({}, {"settings": {}}))
@@ -552,7 +560,7 @@ def test_single_pass_check_counts_targets(record, rt):
         scores.add(torch.arange(10)[None], torch.ones(1, 10))
         plant(scores)
         record.data["checks"].clear()
-        record.stage("sliding", "quantized_sliding_window", scores)
+        record.stage("sliding", scores)
         planted = scores.times_scored.max() > 1
         assert outcome(record, "single_pass_sliding") != planted
     assert record.data["sliding"]["val_loss"] == pytest.approx(1.1)
@@ -758,11 +766,14 @@ def test_record_is_complete_json_with_null_for_what_was_not_measured(record):
 def told_by(record) -> list[str]:
     """The lines of a log that say the same as its record."""
     shown = {key.upper(): int(v) if isinstance(v, bool) else v for key, v in record["settings"].items()}
-    return [*(f"{key}: {record[key]}" for key in record if not isinstance(record[key], (dict, list))),
+    labels = {"prequant": "pre-quantization post-ema", "prequant_ttt": "pre-quantization post-ttt",
+              "quantized": "quantized", "sliding": "quantized_sliding_window", "ttt": "quantized_ttt",
+              "ppm": "quantized_ppm"}
+    return [*(f"{key}: {record[key]}" for key in record if not isinstance(record[key], (dict, list, type(None)))),
             "settings: " + " ".join(f"{name}={value}" for name, value in shown.items()),
             *(f"check {check['name']}: {'ok' if check['ok'] else 'FAILED'} ({check['detail']})"
               for check in record["checks"]),
-            *(f"{stage} {train_gpt.score_line(record[stage])}" for stage in (*Record.STAGES, "ppm") if record[stage])]
+            *(f"{label} {train_gpt.score_line(record[stage])}" for stage, label in labels.items() if record[stage])]
 
 
 def collected(tmp_path, monkeypatch, records, readme=None, logs_of=None, **settings):
@@ -987,16 +998,24 @@ def test_only_the_contests_machine_and_split_fill_its_figures(record, tmp_path, 
     assert submission["val_bpb"] is None and submission["rehearsal"]["val_bpb"] == pytest.approx(1.08)
 
 
+SCORE = {"val_loss": 2.5, "val_bpb": 1.25, "seconds": 1.0}
+
+
 @pytest.mark.parametrize("change", [
     {"hardware": "8x NVIDIA H100 80GB HBM3"}, {"val_bytes": 151_080_891}, {"val_sha256": "6"}, {"compliant": False},
     {"checks": []}, {"seed": 5}, {"total_bytes": 9}, {"train_seconds": 9.0}, {"torch": "9"}, {"date": "2026"},
     {"ttt": {"val_loss": 2.0, "val_bpb": 0.9, "seconds": 1.0}}, {"artifact_sha256": "6"},
     {"ppm": {"val_loss": 2.0, "val_bpb": 0.9, "seconds": 1.0}},
-    {"hardware": None, "settings": []}], ids=str)
+    {"hardware": None, "settings": []}, {"quantized": SCORE, "ttt": None}, {"ttt": None}, {"eval_seconds": None},
+    {"checks": "renamed"}, {"checks": "detail"}, {"checks": "twice"}], ids=str)
 def test_a_record_that_its_log_or_its_checks_contradict_is_refused(record, tmp_path, monkeypatch, change):
     """Sealed again though it is: the seal is nobody's signature."""
     finish(record)
-    record.set(artifact_sha256="5")
+    record.set(artifact_sha256="5", ttt=SCORE)
+    first, *others = record.data["checks"]
+    changed = {"renamed": [{**first, "name": "causal"}, *others], "detail": [{**first, "detail": "5"}, *others],
+               "twice": [first, *others, {**first, "detail": "again"}]}
+    change = {key: changed[value] if key == "checks" and value else value for key, value in change.items()}
     assert collected(tmp_path, monkeypatch, [record.data])["rehearsal"]
     with pytest.raises(UsageError, match="0.json is no record of a run"):
         collected(tmp_path, monkeypatch, [{**record.data, **change}], logs_of=[record.data])
@@ -1016,7 +1035,7 @@ def test_a_failed_check_cannot_be_left_out(record, tmp_path, monkeypatch):
     finish(record)
     kept = [check for check in record.data["checks"] if check["ok"]]
     log = {**record.data, "compliant": True}
-    with pytest.raises(UsageError, match="tells of other checks"):
+    with pytest.raises(UsageError, match="record and log do not say the same"):
         collected(tmp_path, monkeypatch, [{**log, "checks": kept}], logs_of=[log])
 
 
@@ -1094,17 +1113,22 @@ def test_the_standing_record_must_be_beaten_by_five_millinats(record, tmp_path, 
 
 
 @pytest.mark.parametrize("changed, seeds, state", [
-    ({}, 3, "Ready for a pull request"), ({}, 2, "A contest run, but not of three seeds"),
+    ({}, 3, "Ready for a pull request"), ({}, 2, "A contest run without three seeds"),
+    ({}, 3, "A contest run without AUTHOR, GITHUB_ID"),
+    ({}, 3, "A contest run without a difference from REFERENCE_BPB that is significant"),
     ({"hardware": "1x CPU rank, 2 threads (x86_64)"}, 3, "A rehearsal")])
 def test_a_records_folder_says_what_it_is(record, tmp_path, monkeypatch, capsys, changed, seeds, state):
-    collected(tmp_path, monkeypatch, contest_records(record, **changed)[:seeds], submission_name="x")
+    names = {} if "AUTHOR" in state else {"author": "me", "github_id": "me"}
+    reference = {"reference_bpb": "1.08,1.09"} if "REFERENCE" in state else {}
+    collected(tmp_path, monkeypatch, contest_records(record, **changed)[:seeds], submission_name="x", **names,
+              **reference)
     readme, = (tmp_path / "records").glob("*/README.md")
     assert f": {state}" in capsys.readouterr().out and f"\n\n{state}" in readme.read_text()
 
 
 def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypatch, capsys):
     records = contest_records(record)
-    submission = collected(tmp_path, monkeypatch, records, submission_name="Some name / 2")
+    submission = collected(tmp_path, monkeypatch, records, submission_name="Some name / 2", author="me", github_id="me")
     folder, = (tmp_path / "records").iterdir()
     assert folder.name == f"{submission['date']}_Some-name-2"
     assert {p.name for p in folder.iterdir()} == {"train_gpt.py", "README.md", "submission.json",
@@ -1115,7 +1139,7 @@ def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypa
     assert "| run42 |" in readme and "total_bytes ok" in readme and "Ready for a pull request" in readme
     assert "ready" not in capsys.readouterr().out.replace("Ready for a pull request", "", 1)
     (folder / "README.md").write_text(f"{readme}How it works.\n".replace("| run42 |", "| old |"))
-    collected(tmp_path, monkeypatch, records, submission_name="Some name / 2")
+    collected(tmp_path, monkeypatch, records, submission_name="Some name / 2", author="me", github_id="me")
     assert (folder / "README.md").read_text() == f"{readme}How it works.\n", "what was written by hand stays"
     (folder / "README.md").write_text("How it works.\n")
     with pytest.raises(UsageError, match="README.md was not made here"):
