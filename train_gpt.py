@@ -10,7 +10,7 @@ split, from code and weights of at most 16,000,000 bytes, trained in 600 s and s
 The file is read from top to bottom, as the data goes through it; each room uses only the rooms above it.
 
      1  Config        every setting: type, default, range, meaning; presets
-     2  Runtime       ranks, device, collectives, log, progress, files, compiled C
+     2  Runtime       ranks, device, collectives, log, progress, files, compiled C, choice of the attention kernel
      3  Data          byte tables, shards, training order, validation split, embedded corpus
      4  Model         virtual layers, rotary attention, lanes, skips, softcapped loss
      5  Optimizer     Newton-Schulz, banked Muon, AdamW, schedules, EMA and SWA
@@ -18,7 +18,7 @@ The file is read from top to bottom, as the data goes through it; each room uses
      7  Quantization  Hessians, sensitivities, GPTQ with trellis-coded columns or with row scales
      8  Artifact      the container, the entropy coder, the fit to the cap
      9  Evaluation    one scoring function; plain, sliding and test-time-training walks over it; the byte mixture
-    10  Submission    packed script, checks, record, collect
+    10  Submission    record, checks, packed script, collect
     11  main          the pipeline
 """
 import os  # these two are loaded before any script
@@ -103,7 +103,7 @@ _run, _data, _model, _optim, _quant, _eval, _collect = (functools.partial(settin
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting of a run. `Config.from_env(os.environ)` is the only way in; values never change afterwards."""
+    """Every setting of a run, made and checked by `Config.from_env(os.environ)`; values never change afterwards."""
 
     mode: str = _run("train", "train: all stages; eval: score OUT_DIR's artifact; pack: write the packed script; "
                      "collect: records to submission.json; help: this", choices=("train", "eval", "pack", "collect",
@@ -187,14 +187,15 @@ class Config:
     swa_every: int = _optim(0, "steps between two snapshots of a uniform average instead; 0: EMA_DECAY's", 0, 10**9)
     late_qat_threshold: float = _optim(0.0, "learning-rate multiplier below which the matrices are trained as if "
                                        "rounded; 0: never", 0, 1)
-    prequant_ttt_enabled: bool = _optim(False, "fine-tune before quantization, TTT_BATCH_SEQS a step")
+    prequant_ttt_enabled: bool = _optim(False, "fine-tune before quantization, with TTT_BATCH_SEQS and TTT_GRAD_CLIP")
     prequant_ttt_data: str = _optim("val", "on what; val: tokens that are scored later, which the contest forbids",
                                     choices=("val", "train"))
     prequant_ttt_epochs: int = _optim(22, "passes over as many tokens as the validation split has", 1, 1000)
     prequant_ttt_lr: float = _optim(2.5e-4, "AdamW's learning rate, which falls by a cosine to a tenth", 0, 10)
     prequant_ttt_freeze_blocks: int = _optim(1, "first layers that stay as they are", 0, 64)
 
-    gptq_calibration_batches: int = _quant(64, "eighths of a training batch for the Hessians; whole ones", 1, 10**5)
+    gptq_calibration_batches: int = _quant(64, "eighths of a training batch for the Hessians, rounded up to "
+                                            "whole batches", 1, 10**5)
     quantizer: str = _quant("trellis", "trellis: fitted to TARGET_BYTES; sdclip: PR #1541's, by MATRIX_BITS and what "
                             "follows it", choices=("trellis", "sdclip"))
     target_bytes: int = _quant(16_000_000, "code + artifact with trellis, at most; aim of pruning", 1, 2**30)
@@ -235,7 +236,7 @@ class Config:
         Raises UsageError that lists every misspelt name and bad value or, without any, every pair that does not fit.
         """
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        problems, given, base = [], {}, {}
+        problems, given, base = [], {}, {}  # errors, not text: so the packer drops their sentences
         if ALIASES:
             preset = str(env.get("PRESET", (stored or {}).get("preset", cls.preset)))
             meant = ALIASES.get(preset, {})
@@ -317,13 +318,15 @@ CONSTRAINTS = (
 )
 
 # How an artifact was made: MODE=eval cannot change it.
+# (But TTT_BATCH_SEQS and TTT_GRAD_CLIP, which fine-tuning reads, too, are scoring's.)
 SETTLED_SETTINGS = ("preset", "seed", "train_batch_tokens", "train_seq_len", *(
     f.name for f in dataclasses.fields(Config) if f.metadata["room"] in ("model", "optimizer", "quantization")))
 # What an artifact says of itself and brings along; folders and the machine's settings are never its business.
 STORED_SETTINGS = (*SETTLED_SETTINGS, "corpus", *(f.name for f in dataclasses.fields(Config)
                                                   if f.metadata["room"] == "evaluation"))
 # Settings that decide what code a run needs: the packed script is made for the run's values of them, and
-# record and artifact name all of these, for in the packed script they are the defaults.
+# record and artifact name all of these, for in the packed script they are the defaults. Conditions name them even where
+# the state alone would tell (`late_qat_threshold and self.late_qat`): so the packer knows which branch goes.
 PACKED_FOR = ("preset", "corpus", "quantizer", "compressor", "parallel_residual", "smear_gate_enabled", "ve_layers",
               "skip_gates_enabled", "ln_scale", "recur_start_step", "lr_schedule", "muon_row_normalize", "swa_every",
               "late_qat_threshold", "prequant_ttt_enabled", "selective_pruning_enabled", "ppm_enabled")
@@ -344,7 +347,7 @@ PRESETS = {
     # Every stage in about two minutes on two CPU cores, with no data and no GPU: the same pipeline, small numbers.
     "smoke": {
         "data_dir": "./out/smoke_data", "corpus": "embedded", "vocab_size": 1024, "num_layers": 8, "model_dim": 96,
-        "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8, "loop_start": 2, "loop_end": 3, "num_loops": 2,
+        "num_heads": 4, "num_kv_heads": 2, "rope_dims": 8, "loop_start": 2, "loop_end": 3,
         "parallel_residual_start": 5, "train_seq_len": 128, "eval_seq_len": 128, "rope_train_seq_len": 128,
         "train_batch_tokens": 4096, "iterations": 72, "max_wallclock_seconds": 0.0, "warmup_steps": 1,
         "val_loss_every": 0, "train_log_every": 25, "muon_momentum": 0.95, "muon_momentum_warmup_steps": 40,
@@ -440,7 +443,7 @@ def assignments(values: Mapping[str, object]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 2. Runtime: ranks, device, collectives, log, progress, files and compiled C: what every later room leans on
+# 2. Runtime: ranks, device, collectives, log, progress, files, compiled C, the choice of the attention kernel
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -490,7 +493,7 @@ class Runtime:
             torch._dynamo.config.recompile_limit = 32
             torch._inductor.config.freezing = False  # weights folded into a graph would score after they have changed
         self.attention = choose_attention(config.attention, on_gpu)
-        if not dist.is_initialized():
+        if not dist.is_initialized():  # tests and bench make several runtimes in one process
             group = {"device_id": self.device} if on_gpu else {}
             if "WORLD_SIZE" not in env:
                 group.update(store=dist.HashStore(), rank=0, world_size=1)
@@ -865,6 +868,7 @@ class TrainData:
         The next batch is assembled in the background, and the copy to the device does not block.
         """
         known, future = self.pending
+        # Always by the worker: it alone draws permutations, even while it is busy with a batch that nobody asks for.
         tokens = future.result() if known == number else self.worker.submit(self.assemble, number).result()
         self.pending = (number + 1, self.worker.submit(self.assemble, number + 1))
         tokens = tokens.to(self.rt.device, non_blocking=True)
@@ -891,7 +895,7 @@ class ValidationData:
                              f"(EVAL_SEQ_LEN={window})")
         if config.eval_drop_tail:
             targets -= targets % window
-        self.left_out = sum(map(len, shards)) - 1 - targets
+        self.left_out = len(tokens) - 1 - targets
         host = torch.from_numpy(tokens[:targets + 1])
         base_bytes, has_leading_space, boundary = build_byte_luts(sp, config.vocab_size)
         previous, target = host[:-1], host[1:]
@@ -1050,7 +1054,6 @@ class SquaredLeakyReLU(torch.autograd.Function):
         return (grad * ctx.saved_tensors[0]).mul_(2)
 
 
-MIN_ROW_SCALE = 2.0**-24  # fp16's smallest positive number: an all-zero row still has a scale to divide by
 HEAD_CHUNK_TOKENS = {"cpu": 512, "cuda": 16384}  # rows of logits that exist at a time; CPU: they stay in the cache
 
 
@@ -1096,7 +1099,8 @@ class SoftcapCrossEntropy(torch.autograd.Function):
 def row_scale(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
     """SDClip's step of each row of w [..., out, in] -> [..., out, 1]: clip_sigmas deviations over the top integer."""
     scale = clip_sigmas * w.std(-1, keepdim=True) / (2 ** (bits - 1) - 1)
-    return scale.clamp(MIN_ROW_SCALE, torch.finfo(torch.half).max)
+    # fp16's smallest positive number: an all-zero row still has a step to divide by
+    return scale.clamp(2.0**-24, torch.finfo(torch.half).max)
 
 
 def fake_quantize(w: Tensor, config: Config) -> Tensor:
@@ -1222,7 +1226,8 @@ class GPT(nn.Module):
         heads, groups = self.config.num_heads, self.config.num_kv_heads
         qkv = self.project(x, w.qkv, f"attn_in.{layer}").unflatten(-1, (-1, self.config.head_dim))
         qk, v = qkv.split((heads + groups, groups), dim=2)
-        v = v if values is None else v + values
+        if self.config.ve_layers and values is not None:
+            v = v + values
         q, k = rotate(norm(qk, w.qk_gain), *rope).split((heads, groups), dim=2)
         y = causal_attention(q, k, v, self.attention)
         if layer >= self.config.num_layers - self.config.xsa_last_n:
@@ -1257,9 +1262,9 @@ class GPT(nn.Module):
         return [(a * b) * lane + (b * post[0, k]) * attn_out + post[1, k] * mlp_out for k, lane in enumerate(lanes)]
 
     def merge_skip(self, x: Tensor, skip: Tensor, row: int) -> Tensor:
-        """Join a popped encoder output with the decoder's stream."""
+        """Join a popped encoder output with the decoder's stream, both [B, T, D]."""
         skip = self.skip_weights[row].to(x.dtype) * skip
-        if self.skip_gates is None:
+        if not self.config.skip_gates_enabled:
             return x + skip
         return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[row]).to(x.dtype))
 
@@ -1274,9 +1279,9 @@ class GPT(nn.Module):
         values = self.value_embedding(self, ids) if self.config.ve_layers else {}
         lanes, skips = [x0], []
         for v in self.schedules[self.looping]:
-            if v.parallel and self.config.parallel_residual != "plain" and len(lanes) == 1:
-                lanes = lanes * 2
-            if v.skip >= 0:
+            if self.config.parallel_residual != "plain":
+                lanes = lanes * 2 if v.parallel and len(lanes) == 1 else lanes
+            if v.skip >= 0:  # with PR #1395's lanes the skip enters attention's alone
                 skip, entered = skips.pop(), 1 if self.config.parallel_residual == "lanes" else len(lanes)
                 lanes = [self.merge_skip(lane, skip, v.skip) for lane in lanes[:entered]] + lanes[entered:]
             lanes = self.block(lanes, x0, weights[v.layer], v, rope, values.get(v.layer))
@@ -1399,7 +1404,10 @@ class Optimizer:
 
     def muon_update(self, grad: Tensor, buffer: Tensor, whole: Tensor,
                     momentum: float) -> tuple[Tensor, dist.Work]:
-        """Orthogonalize the own slice's Nesterov momentum; return all slices' updates and the gathering under way."""
+        """Orthogonalize the Nesterov momentum of the own slice [matrices / ranks, out, in].
+
+        Returns the updates of the whole padded bank, the shape of `whole`, and the gathering of them under way.
+        """
         buffer.mul_(momentum).add_(grad)
         update = grad.add(buffer, alpha=momentum)
         if self.config.muon_row_normalize:
@@ -1409,6 +1417,11 @@ class Optimizer:
         return gathered, all_gather(gathered, update, async_op=True)
 
 
+def half_cosine(frac: float) -> float:
+    """1 at 0, falling along half a cosine to 0 at 1."""
+    return (1 + math.cos(math.pi * frac)) / 2
+
+
 def lr_multiplier(config: Config, frac: float) -> float:
     """Factor of all learning rates at `frac` of the budget: 1, then over WARMDOWN_FRAC linear to 0, MIN_LR at least.
 
@@ -1416,7 +1429,7 @@ def lr_multiplier(config: Config, frac: float) -> float:
     """
     left = (1 - frac) / config.warmdown_frac if frac > 1 - config.warmdown_frac else 1.0
     if config.lr_schedule == "cosine":
-        return config.min_lr + (1 - config.min_lr) * (1 - math.cos(math.pi * max(left, 0.0))) / 2
+        return config.min_lr + (1 - config.min_lr) * half_cosine(1 - max(left, 0.0))
     return max(left, config.min_lr)
 
 
@@ -1519,17 +1532,18 @@ def warm_up(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: Tr
 
     The optimizer and its states are made for the warm-up alone; the order of the data is a function of the step.
     """
-    if config.warmup_steps:
-        states = [(False, False), (True, False), *([(True, True)] if config.late_qat_threshold else [])]
-        rt.log(f"warm-up: {config.warmup_steps} steps in each of {len(states)} states")
-        initial = [p.detach().clone() for p in model.parameters()]
-        optimizer = Optimizer(config, rt, model)
-        for step in rt.progress("warm-up", range(len(states) * config.warmup_steps)):
-            model.looping, model.late_qat = states[step // config.warmup_steps]
-            backward_batch(loss_fn, data.batch(step))
-            optimizer.step(1.0, config.muon_momentum)
-        model.looping = model.late_qat = False
-        torch._foreach_copy_([p.data for p in model.parameters()], initial)
+    if not config.warmup_steps:
+        return
+    states = [(False, False), (True, False), *([(True, True)] if config.late_qat_threshold else [])]
+    rt.log(f"warm-up: {config.warmup_steps} steps in each of {len(states)} states")
+    initial = [p.detach().clone() for p in model.parameters()]
+    optimizer = Optimizer(config, rt, model)
+    for step in rt.progress("warm-up", range(len(states) * config.warmup_steps)):
+        model.looping, model.late_qat = states[step // config.warmup_steps]
+        backward_batch(loss_fn, data.batch(step))
+        optimizer.step(1.0, config.muon_momentum)
+    model.looping = model.late_qat = False
+    torch._foreach_copy_([p.data for p in model.parameters()], initial)
 
 
 def train(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, data: TrainData,
@@ -1598,8 +1612,8 @@ def prequant_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, seq
               for p in (getattr(model, name) for name in layered) if p is not None]
     optimizer = torch.optim.AdamW(params, lr=config.prequant_ttt_lr, weight_decay=0.0)
     for epoch in rt.progress("prequant_ttt", range(config.prequant_ttt_epochs)):
-        cosine = 0.5 * (1 + math.cos(math.pi * epoch / config.prequant_ttt_epochs))
-        optimizer.param_groups[0]["lr"] = config.prequant_ttt_lr * (0.1 + 0.9 * cosine)
+        share = 0.1 + 0.9 * half_cosine(epoch / config.prequant_ttt_epochs)
+        optimizer.param_groups[0]["lr"] = config.prequant_ttt_lr * share
         descend(config, rt, loss_fn, optimizer, grads, sequences, frozen)
 
 
@@ -1739,7 +1753,7 @@ def round_with_feedback(weight: Tensor, factor: ErrorFactor, step: Tensor, round
     [..., out, in], all in its order, into integers: round_blocks with a rule for one column, or round_paths.
     """
     order = factor.order[..., None, :].expand_as(weight)
-    w = weight.float().masked_fill(factor.dead[..., None, :], 0).gather(-1, order)
+    w = weight.masked_fill(factor.dead[..., None, :], 0).gather(-1, order)
     integers = rounding(w, factor.upper, step.expand_as(w).gather(-1, order))
     return torch.empty_like(integers).scatter_(-1, order, integers)
 
@@ -1779,11 +1793,11 @@ MOST_BITS = 6.0  # per weight: finer steps gain nothing that a score could show
 
 
 def trellis_round(values: Tensor) -> Tensor:
-    """Round each row of values [paths, TRELLIS_ROWS], on the CPU, to the nearest path's integers (Viterbi 1967)."""
+    """Round each row of values [paths, rows], on the CPU, to the nearest path's integers (Viterbi 1967)."""
     edges = np.lexsort((np.arange(2 * len(NEXT_STATE)) % 2, NEXT_STATE.ravel()))  # to each state, even and odd index
     source, residue = edges // 2, edges // 2 % 2 + 2 * (edges % 2)  # residue: the integer modulo 4
     y, residues = values.numpy().T[:, None], np.arange(4, dtype=values.numpy().dtype)[:, None]
-    nearest = np.rint((y - residues) / 4) * 4 + residues  # [TRELLIS_ROWS, 4, paths]: the nearest of each residue
+    nearest = np.rint((y - residues) / 4) * 4 + residues  # [rows, 4, paths]: the nearest of each residue
     error = (y - nearest) ** 2
     cost = np.full((len(NEXT_STATE), y.shape[2]), np.inf, y.dtype)
     cost[0] = 0
@@ -2448,10 +2462,9 @@ def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll
     for number, chosen in enumerate(rt.progress("TTT", members)):
         score_windows(config, rt, nll_fn, scores, chosen)
         if rt.own(chosen):
-            look(scores, rt.own(chosen), -(-32 // chunks))
+            look(scores, rt.own(chosen), -(-32 // chunks))  # at least 32 in all
         if number + 1 < chunks and config.ttt_epochs:
-            cosine = 0.5 * (1 + math.cos(math.pi * number / max(chunks - 1, 1)))
-            optimizer.param_groups[0]["lr"] = config.ttt_lr * cosine
+            optimizer.param_groups[0]["lr"] = config.ttt_lr * half_cosine(number / (chunks - 1))
             adapt(config, rt, loss_fn, optimizer, grads, scores.release(number * chunk, (number + 1) * chunk))
     return scores
 
@@ -2782,7 +2795,7 @@ def predict_split(config: Config, mixture: ByteShares) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 10. Submission: the packed script, the checks, the record, and what is made from records
+# 10. Submission: the record, the checks, the packed script, and what is made from records
 # ----------------------------------------------------------------------------------------------------------------------
 
 PACKED_FIRST_LINE = b"#coding:latin1\n"
@@ -2845,7 +2858,8 @@ class Record:
     def check(self, name: str, ok: bool, detail: str):
         """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
         self.data["checks"].append({"name": name, "ok": bool(ok), "detail": str(detail)})
-        self.rt.log(f"check {name}: {'ok' if ok else 'FAILED'} ({detail})")
+        outcome = "ok" if ok else "FAILED"
+        self.rt.log(f"check {name}: {outcome} ({detail})")
 
     def stage(self, name: str, scores: Scores):
         """Log and enter a finished evaluation, and check that it scored every target once."""
@@ -2908,7 +2922,7 @@ def check_split(record: Record, val: ValidationData):
             own = 0 if begin else len(sp.decode(part[:1]).encode())  # the split's first token is no target
             if totals[end] - totals[begin] + own != len(text.encode()):
                 wrong.append(int(begin))
-            foreign += len(part) * (again != part[part[0] == BOS:])
+            foreign += len(part) * (again != part[part[0] == BOS:])  # all but a leading BOS
     wrong, foreign = sum(record.rt.gather(wrong), []), sum(record.rt.gather(foreign))
     record.check("byte_count", whole and not wrong and val.bytes == totals[-1],
                  f"{len(whole)} of {len(starts)} documents decoded, {len(wrong)} differ from the byte tables: "
@@ -2958,7 +2972,7 @@ def check_held_out(record: Record, val: ValidationData, data: TrainData):
     split's own phrases would be one whose tokens the training text hardly has.
     """
     keys, vocab = passage_keys(val.tokens.cpu().numpy(), val, data.sha256), val.tokenizer.vocab_size()
-    with ThreadPoolExecutor(4) as pool:  # each rank has the same shards
+    with ThreadPoolExecutor(4) as pool:  # each rank has the same shards, and takes its share of them
         seen = pool.map(lambda shard: np.append(np.isin(keys, passage_keys(shard, val, data.sha256)),
                                                 np.isin(range(vocab), np.unique(shard))), record.rt.own(data.shards))
         found = torch.from_numpy(sum(seen, np.zeros(len(keys) + vocab))).to(record.rt.device)
@@ -3143,19 +3157,6 @@ class SourceStripper(ast.NodeTransformer):
         kept = [item for item in zip(node.keys, node.values) if wanted(item[0].value)]
         return ast.Dict(*([item[i] for item in kept] for i in (0, 1)))
 
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.expr:
-        """Let calls do what an f-string does with text in its braces: Python 3.12 writes it as 3.11 cannot read it."""
-        self.generic_visit(node)
-        fields = [part for part in node.values if isinstance(part, ast.FormattedValue)]
-        if not any(isinstance(getattr(inner, "value", 0), str) for part in fields for inner in ast.walk(part.value)):
-            return node
-        for part in fields:
-            named = {"r": "repr", "s": "str", "a": "ascii"}.get(chr(max(part.conversion, 0)))
-            value = ast.Call(ast.Name(named, ast.Load()), [part.value], []) if named else part.value
-            whole = ast.Call(ast.Name("format", ast.Load()), [value, *filter(None, [part.format_spec])], [])
-            node.values[node.values.index(part)] = whole
-        return ast.Call(ast.Attribute(ast.Constant(""), "join", ast.Load()), [ast.List(node.values, ast.Load())], [])
-
     def visit_If(self, node: ast.If | ast.IfExp) -> ast.AST | list[ast.stmt]:
         """Keep the branch that is taken, where PACKED and the settings packed for decide it."""
         self.generic_visit(node)
@@ -3183,7 +3184,7 @@ class SourceStripper(ast.NodeTransformer):
         return node
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
-        """Drop docstring and return annotation, then visit the children."""
+        """Drop docstring and return annotation, visit the children, then drop what stands after a return."""
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
             if ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
@@ -3469,7 +3470,8 @@ def welch_test(ours: list[float], reference: list[float], margin: float) -> dict
 def told(log: str, record: Mapping[str, object]) -> tuple[set[str], set[str]]:
     """What a log says of a record's entries, scores and checks, and what the record says of them, line by line."""
     labels = {**Record.STAGES, "ppm": "quantized_ppm"}
-    begins = (*(f"{key}: " for key in {*Record.KEYS} - {*labels, "checks"}), *(f"{label} val_loss:" for label in labels.values()), "check ")
+    begins = ("check ", *(f"{key}: " for key in {*Record.KEYS} - {*labels, "checks"}),
+              *(f"{label} val_loss:" for label in labels.values()))
     return ({line for line in log.splitlines() if line.startswith(begins)}, {
         *record_lines(record),
         *(f"check {c['name']}: {'ok' if c['ok'] else 'FAILED'} ({c['detail']})" for c in record["checks"]),
@@ -3484,26 +3486,27 @@ def read_records(config: Config) -> list[dict]:
             raise UsageError(f"RECORDS: {path} is where the submission goes: rename the run")
         try:
             content, log = path.read_bytes(), path.with_suffix(".txt").read_bytes()
-            if stopped := json.loads(content)["stopped"]:
-                print(f"left out: {path}, a run that did not end ({stopped})")
+            record = json.loads(content)
+            if record["stopped"]:
+                print(f"left out: {path}, a run that did not end ({record['stopped']})")
                 continue
             end = log.rfind(b"\n", 0, -1) + 1  # where the last line begins
             if not log[end:].endswith(f": {sha256(log[:end] + content)}\n".encode()):
                 raise ValueError("its log does not end with the SHA-256 of both: the run did not end, or one was "
                                  "changed")
-            records.append(json.loads(content))
-            missing = {*Record.KEYS} - {*records[-1]}
+            missing = {*Record.KEYS} - {*record}
             if missing:
                 raise ValueError(f"without {', '.join(sorted(missing))}")
-            results_table(records[-1:])  # raises what is caught below if a figure is not where it belongs
-            if (type(records[-1]["settings"]), type(records[-1]["hardware"])) != (dict, str):
+            results_table([record])  # raises what is caught below if a figure is not where it belongs
+            if (type(record["settings"]), type(record["hardware"])) != (dict, str):
                 raise ValueError("settings or hardware are of the wrong type")
-            checks = [(check["name"], check["ok"]) for check in records[-1]["checks"]]
-            if records[-1]["compliant"] not in (None, ("complete", True) in checks and all(ok for _, ok in checks)):
+            checks = [(check["name"], check["ok"]) for check in record["checks"]]
+            if record["compliant"] not in (None, ("complete", True) in checks and all(ok for _, ok in checks)):
                 raise ValueError("`compliant` contradicts its checks")
-            logged, recorded = told(log.decode(), records[-1])
+            logged, recorded = told(log.decode(), record)
             if logged != recorded:
                 raise ValueError(f"record and log do not say the same: {sorted(logged ^ recorded)[:2]}")
+            records.append(record)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             known = str(error) if isinstance(error, (OSError, ValueError)) else repr(error)
             raise UsageError(f"RECORDS: {path} is no record of a run ({known})") from error
@@ -3522,7 +3525,7 @@ def check_one_system(records: list[dict]):
     for r in records:
         if r["mode"] != "train" or r["compliant"] is None:
             raise UsageError(f"{r['run_id']} is no finished run of MODE=train (MODE={r['mode']})")
-        for key in ("mode", "preset", "settings", "source_sha256", "code_sha256", "train_sha256", "val_sha256",
+        for key in ("preset", "settings", "source_sha256", "code_sha256", "train_sha256", "val_sha256",
                     "tokenizer_sha256", "hardware", "torch", "python", "attention_backend"):
             mine, first = (shared_settings(x) if key == "settings" else x[key] for x in (r, records[0]))
             if mine != first:
@@ -3612,9 +3615,9 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
     results = (f"{results_table(records)}\n\n{submission_state(submission)}. Mean val_bpb {figures['val_bpb']:.5f}, "
                f"standard deviation {spread}.\n\nMade from the records beside this file, by `MODE=collect`; what "
                "stands outside the marks is left alone. `train_gpt.py` is the script as it was counted: its errors and "
-               f"checks name lines and values of its readable source (SHA-256 {records[0]['source_sha256']}). It needs torch, "
-               "numpy, sentencepiece and brotli, and the data in `DATA_DIR`. The run again, and the score of its "
-               "artifact alone:\n\n"
+               f"checks name lines and values of its readable source (SHA-256 {records[0]['source_sha256']}). It needs "
+               "torch, numpy, sentencepiece and brotli, and the data in `DATA_DIR`. The run again, and the score of "
+               "its artifact alone:\n\n"
                f"    SEED={records[0]['seed']} {assignments(shared_settings(records[0]))} {command}\n"
                f"    MODE=eval {command}\n\n## Checks\n\n{checks}\n")
     readme = folder / "README.md"
@@ -3787,7 +3790,7 @@ def run_training(config: Config, rt: Runtime):
             record.check("shards_unchanged", all(rt.gather(data.opened == data.changes())),  # maps show what is written
                          "the training shards' files since they were opened, on all ranks")
         except BaseException:
-            rt.signals_wait = True  # further signals wait
+            rt.signals_wait = True  # nothing may cut the writing short
             with contextlib.suppress(Exception):
                 write_files({out_dir / "stopped_model.pt": weights_file(model)} if rt.main else {})
                 if not PACKED:

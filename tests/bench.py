@@ -337,8 +337,9 @@ class Quantization:
 
     def matrices(self, model: GPT):
         """(weights [out, in], site) of all that is quantized."""
+        small = train_gpt.small_tensors(model)
         for name, p in model.named_parameters():
-            if p.numel() > train_gpt.KEPT_FP16_ELEMENTS:
+            if name not in small:
                 yield from zip(p.detach().view(-1, *p.shape[-2:]).double(), model.matrix_sites()[name])
 
     def distortion(self, model: GPT, weights: dict[str, float]) -> float:
@@ -462,7 +463,7 @@ def share_of(ranks: int) -> list[dict]:
     return [*rows, {"pack_s": median(lambda: train_gpt.pack_artifact(tensors, {}))}]
 
 
-PUBLISHED = ("pr1541", "pr1858", "pr1395", "pr1517")
+PUBLISHED = [name for name in train_gpt.PRESETS if name != "smoke"]
 
 
 def presets(data_dir: str, steps: int, log_dir: Path | None, chosen: Sequence[str]) -> list[dict]:

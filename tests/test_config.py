@@ -53,7 +53,7 @@ def test_what_a_name_means_is_the_presets_business():
 
 
 def test_values_of_the_other_presets():
-    """SPEC section 7: what each sets beside the defaults."""
+    """What each sets beside the defaults."""
     expected = {
         "pr1858": dict(parallel_residual="plain", matrix_lr=0.022, muon_momentum=0.99, ttt_enabled=True, ttt_epochs=2),
         "pr1395": dict(vocab_size=4096, parallel_residual="lanes", parallel_residual_start=7, qk_gain_init=5.0,

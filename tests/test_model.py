@@ -1,4 +1,4 @@
-"""Room 4: the model against slow, obvious references written from the formulas of SPEC section 3."""
+"""Room 4: the model against slow, obvious references written from the formulas themselves."""
 import math
 
 import pytest
@@ -63,7 +63,7 @@ def reference_mlp(x, layer, p):
 
 
 def reference_logits(ids, p, cfg, looping):
-    """Logits [T, V] of one sequence, straight from the SPEC's sentences."""
+    """Logits [T, V] of one sequence, straight from the published descriptions."""
     loop = [int(i) for i in cfg.recur_layers.split(",") if i] or list(range(cfg.loop_start, cfg.loop_end + 1))
     order = list(range(max(loop) + 1)) + loop * cfg.num_loops * looping + list(range(max(loop) + 1, cfg.num_layers))
     encoder, decoder = order[:len(order) // 2], order[len(order) // 2:]

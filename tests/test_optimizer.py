@@ -1,4 +1,4 @@
-"""Room 5: Muon and AdamW against a slow transcription of SPEC section 4, one matrix at a time; schedules; averaging."""
+"""Room 5: Muon and AdamW against a slow transcription of both, one matrix at a time; schedules; averaging."""
 import json
 import math
 import os
@@ -63,7 +63,7 @@ def slow_newton_schulz(g):
 
 
 class SlowOptimizer:
-    """SPEC section 4 with the default settings: fp64, one matrix after the other."""
+    """Muon and AdamW with the default settings: fp64, one matrix after the other."""
 
     def __init__(self, model, row_normalize, clip):
         self.p = {name: w.detach().double().clone() for name, w in model.named_parameters()}
