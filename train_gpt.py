@@ -3007,7 +3007,7 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
         starts = torch.from_numpy(rng.integers(val.targets - length + 1, size=(rows, 1)))
         tokens = val.tokens[starts.to(ahead) + ahead].long()
         place = (length // 2, length // 4, length - 2)[number % 3]  # other tokens from here on, some of them BOS
-        other = torch.where((ahead % 3 == 0) & (tokens != BOS), BOS, (tokens + 1) % vocab)
+        other = torch.where(((ahead - place) % 3 == 0) & (tokens != BOS), BOS, (tokens + 1) % vocab)
         # The last target that stays does not stand in the input any more.
         pairs = (tokens, tokens), [torch.where(ahead < begin, tokens, other) for begin in (place, place + 1)]
         same = torch.eq(*(nll_fn(ids[:, :-1].contiguous(), targets[:, 1:].contiguous()) for ids, targets in pairs))
@@ -3409,11 +3409,16 @@ def final_score(record: Mapping[str, object]) -> dict[str, float]:
 
 
 def what_differs(records: list[dict]) -> list[str]:
-    """Write, for each record, the settings that are not the same in all of them."""
+    """Write, for each record, the settings that are not the same in all of them.
+
+    What a record does not name was its script's default, which is known if that script is this one.
+    """
     names = sorted({name for r in records for name in r["settings"] if name != "run_id" and any(
         other["settings"].get(name) != r["settings"][name] for other in records)})
-    return [assignments({name: r["settings"].get(name, PRESETS.get(r["preset"], {}).get(name, getattr(
-        Config, name, "default"))) for name in names}) for r in records]
+    defaults = [{**vars(Config()), **PRESETS[r["preset"]]} if r["source_sha256"] == sha256(SOURCE) else {}
+                for r in records]
+    return [assignments({name: r["settings"].get(name, known.get(name, "default")) for name in names})
+            for r, known in zip(records, defaults)]
 
 
 def results_table(records: list[dict]) -> str:
@@ -3486,14 +3491,12 @@ def read_records(config: Config) -> list[dict]:
             raise UsageError(f"RECORDS: {path} is where the submission goes: rename the run")
         try:
             content, log = path.read_bytes(), path.with_suffix(".txt").read_bytes()
-            record = json.loads(content)
-            if record["stopped"]:
-                print(f"left out: {path}, a run that did not end ({record['stopped']})")
+            record, end = json.loads(content), log.rfind(b"\n", 0, -1) + 1  # where the last line begins
+            if record["stopped"] or not log[end:].startswith(b"record: "):
+                print(f"left out: {path}, a run that did not end ({record['stopped'] or 'its log breaks off'})")
                 continue
-            end = log.rfind(b"\n", 0, -1) + 1  # where the last line begins
             if not log[end:].endswith(f": {sha256(log[:end] + content)}\n".encode()):
-                raise ValueError("its log does not end with the SHA-256 of both: the run did not end, or one was "
-                                 "changed")
+                raise ValueError("its log does not end with the SHA-256 of both: one was changed")
             missing = {*Record.KEYS} - {*record}
             if missing:
                 raise ValueError(f"without {', '.join(sorted(missing))}")

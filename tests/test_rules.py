@@ -1116,6 +1116,16 @@ def honest_in_bf16():
     return in_bf16(contextlib.nullcontext)
 
 
+def documents_foreseen():
+    """The head knows where the next token begins a document, in windows too long for the check of one place."""
+    honest = train_gpt.GPT.hidden
+
+    def hidden(self, ids):
+        ends = F.pad((ids[:, 1:] == train_gpt.BOS).float(), (0, 1))[..., None] * (ids.size(1) > 16)
+        return honest(self, ids) + 40 * ends * train_gpt.norm(self.embedding[train_gpt.BOS])
+    return patched(train_gpt.GPT, "hidden", hidden)
+
+
 def byte_shares_of_a_better_model():
     """The byte mixture begins with less than the neural score."""
     honest = train_gpt.ByteShares.finish
@@ -1148,6 +1158,7 @@ def sliding_scores_by_other_weights():
     (doubled_window, "single_pass_sliding", {}), (without_the_tail, "single_pass_sliding", {}),
     (subset, "single_pass_sliding", {}), (score_again, "single_pass_ttt", {}),
     (learn_first_through_the_front_door, "score_before_update_ttt", {}),
+    (documents_foreseen, "causal", {"EVAL_SEQ_LEN": 64}), (documents_foreseen, "causal", {"EVAL_SEQ_LEN": 128}),
     (remembered, "causal", {}), (half_of_the_windows_discounted_in_bf16, "normalized_sliding", {}),
     (honest_in_bf16, None, {}), (byte_shares_of_a_better_model, "ppm_normalized", {"PPM_ENABLED": 1}),
     (None, "full_split", {"EVAL_DROP_TAIL": 1})], lambda case: case[0] in (
@@ -1816,6 +1827,36 @@ def test_what_another_ranks_shards_hold_counts(corpus, rt, monkeypatch):
         monkeypatch.setattr(rt, "all_reduce", lambda tensor, another=another: tensor.add_(another))
         train_gpt.check_held_out(record, val, train_gpt.TrainData(config, rt))
         assert record.found == {"held_out": ok}
+
+
+def test_what_another_ranks_documents_hold_counts(corpus, rt, monkeypatch):
+    """Each rank decodes its share of the split's documents: one with bytes, one with tokens that are not its text."""
+    config, record = tiny_run_config(corpus[0], corpus[0]), Noted(rt)
+    val = train_gpt.ValidationData(config, rt, train_gpt.load_tokenizer(config))
+    for wrong, foreign, told in (([], 0, {"byte_count": True, "split_text": True}),
+                                 ([5], 0, {"byte_count": False, "split_text": True}),
+                                 ([], val.targets // 2, {"byte_count": True, "split_text": False})):
+        monkeypatch.setattr(rt, "gather", lambda own, wrong=wrong, foreign=foreign: [
+            own, wrong if isinstance(own, list) else foreign])
+        record.found = {}
+        train_gpt.check_split(record, val)
+        assert record.found == told
+
+
+def test_a_shard_that_changes_while_it_is_hashed_is_noticed(tmp_path, corpus, rt, monkeypatch):
+    shutil.copytree(corpus[0], tmp_path / "data")
+    config = tiny_run_config(tmp_path, tmp_path / "data")
+    shard, = config.shard_dir.glob("fineweb_train*")
+    honest, stat = train_gpt.sha256, shard.stat()
+
+    def sha256(data):
+        os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # changes the time of the last change alone
+        return honest(data)
+
+    for function, same in ((honest, True), (sha256, False)):
+        monkeypatch.setattr(train_gpt, "sha256", function)
+        data = train_gpt.TrainData(config, rt)
+        assert (data.opened == data.changes()) == same
 
 
 def test_the_record_tells_what_happened_and_not_what_was_asked(corpus, tmp_path, rt):

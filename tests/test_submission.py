@@ -823,6 +823,10 @@ def test_contest_runs_are_averaged_with_worst_case_bytes(record, tmp_path, monke
                      "15980000 | none |"), "prequant, quantized, sliding, TTT"
     table = train_gpt.results_table(contest_records(record)[::-1])
     assert table.index("run42") < table.index("run314") < table.index("run999"), "best first"
+    records = contest_records(record)
+    records[0]["ttt"]["val_bpb"], records[1]["ttt"]["val_bpb"] = 1.08, 1.07  # what counts, though quantized says not
+    table = train_gpt.results_table(records)
+    assert table.index("run314") < table.index("run42")
 
 
 @pytest.mark.parametrize("missing, bpb", [(None, 1.07), ("ttt", 1.09), ("sliding", 1.10)])
@@ -886,14 +890,14 @@ def test_failed_checks_are_shown(record, tmp_path, monkeypatch):
 def test_what_ran_is_told_from_the_records(record, tmp_path, monkeypatch):
     """Not from the machine and the settings that collect; an author's name is no setting, and a title no table."""
     settings = {"preset": "pr1395", "matrix_lr": 0.0123, "ttt_enabled": True, "seed": 5, "run_id": "first"}
-    records = contest_records(record, settings=settings, preset="pr1395", torch="2.9.9", python="3.10.9",
+    records = contest_records(record, settings=settings, preset="pr1395", torch="2.9.9", python="3.10.9", world_size=2,
                               code_sha256=train_gpt.sha256(pack_source(SOURCE, train_gpt.Config(preset="pr1395"))))
     submission = collected(tmp_path, monkeypatch, records, submission_name="<b>x</b>", author="me MATRIX_LR=5")
     told = "PRESET=pr1395 MATRIX_LR=0.0123 TTT_ENABLED=1"
     assert submission["technique_summary"] == f"pr1395: {told}"
     assert (submission["pytorch_version"], submission["python_version"]) == ("2.9.9", "3.10.9")
     readme, = (tmp_path / "records").glob("*/README.md")
-    again = f"    SEED={records[0]['seed']} {told} torchrun --standalone --nproc_per_node=8 train_gpt.py\n"
+    again = f"    SEED={records[0]['seed']} {told} torchrun --standalone --nproc_per_node=2 train_gpt.py\n"
     assert again in readme.read_text()
     assert readme.read_text().startswith("# &lt;b>x&lt;/b>\n")
 
@@ -959,13 +963,15 @@ def test_what_does_not_belong_together_is_refused(record, tmp_path, monkeypatch,
 
 def test_the_table_names_the_settings_that_differ(record):
     """What a sweep is read by: values, the default's included, and nothing that all have in common."""
-    record.data["settings"] = {"run_id": "base", "seed": 42, "preset": "pr1541"}
+    record.data.update(settings={"run_id": "base", "seed": 42, "preset": "pr1541"}, preset="pr1541")
     lower = {**record.data, "run_id": "lower", "settings": {"run_id": "lower", "seed": 42, "matrix_lr": 0.02,
                                                             "preset": "pr1541", "ttt_enabled": False}}
     rows = train_gpt.results_table([record.data, lower]).splitlines()
     assert rows[0].endswith("| failed checks | settings that differ |") and len({row.count("|") for row in rows}) == 1
     assert {row.split(" | ")[-1] for row in rows[2:]} == {"MATRIX_LR=0.03 TTT_ENABLED=1 |",
                                                           "MATRIX_LR=0.02 TTT_ENABLED=0 |"}
+    other = train_gpt.what_differs([{**record.data, "source_sha256": "0"}, lower])
+    assert other == ["MATRIX_LR=default TTT_ENABLED=default", "MATRIX_LR=0.02 TTT_ENABLED=0"], "another script's"
     assert "settings that differ" not in train_gpt.results_table([record.data, {**record.data, "seed": 1}])
     with pytest.raises(UsageError, match=r"settings differs \(MATRIX_LR=0.02 TTT_ENABLED=0 and MATRIX_LR=0.03 "):
         train_gpt.check_one_system([{**r, "mode": "train", "compliant": True} for r in (record.data, lower)])
@@ -1140,10 +1146,12 @@ def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypa
         collected(tmp_path, monkeypatch, contest_records(record, code_sha256="0"), submission_name="x")
 
     def packs_otherwise(command, env, **_):
+        assert not {"MATRIX_LR", "PRESET"} & {*env} and env["MODE"] == "pack", "no settings of the user's"
         (Path(env["OUT_DIR"]) / "train_gpt.py").write_bytes(b"other code")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(train_gpt.subprocess, "run", packs_otherwise)
+    monkeypatch.setenv("MATRIX_LR", "0.5")
     with pytest.raises(UsageError, match="does not pack to itself"):
         collected(tmp_path, monkeypatch, records, submission_name="y")
 
