@@ -1116,16 +1116,6 @@ def honest_in_bf16():
     return in_bf16(contextlib.nullcontext)
 
 
-def documents_foreseen():
-    """The head knows where the next token begins a document, in windows too long for the check of one place."""
-    honest = train_gpt.GPT.hidden
-
-    def hidden(self, ids):
-        ends = F.pad((ids[:, 1:] == train_gpt.BOS).float(), (0, 1))[..., None] * (ids.size(1) > 16)
-        return honest(self, ids) + 40 * ends * train_gpt.norm(self.embedding[train_gpt.BOS])
-    return patched(train_gpt.GPT, "hidden", hidden)
-
-
 def byte_shares_of_a_better_model():
     """The byte mixture begins with less than the neural score."""
     honest = train_gpt.ByteShares.finish
@@ -1158,7 +1148,6 @@ def sliding_scores_by_other_weights():
     (doubled_window, "single_pass_sliding", {}), (without_the_tail, "single_pass_sliding", {}),
     (subset, "single_pass_sliding", {}), (score_again, "single_pass_ttt", {}),
     (learn_first_through_the_front_door, "score_before_update_ttt", {}),
-    (documents_foreseen, "causal", {"EVAL_SEQ_LEN": 64}), (documents_foreseen, "causal", {"EVAL_SEQ_LEN": 128}),
     (remembered, "causal", {}), (half_of_the_windows_discounted_in_bf16, "normalized_sliding", {}),
     (honest_in_bf16, None, {}), (byte_shares_of_a_better_model, "ppm_normalized", {"PPM_ENABLED": 1}),
     (None, "full_split", {"EVAL_DROP_TAIL": 1})], lambda case: case[0] in (
@@ -1712,6 +1701,30 @@ def test_a_scorer_that_hardly_anything_changes_is_not_causal(rt):
 
     train_gpt.check_scoring(record, config, model, looked_up, val)
     assert not record.found["causal"]
+
+
+@contextlib.contextmanager
+def documents_foreseen():
+    """The head knows where the next token begins a document, in windows too long for the check of one place."""
+    honest = train_gpt.GPT.hidden
+
+    def hidden(self, ids):
+        ends = F.pad((ids[:, 1:] == train_gpt.BOS).float(), (0, 1))[..., None] * (ids.size(1) > 16)
+        return honest(self, ids) + 40 * ends * train_gpt.norm(self.embedding[train_gpt.BOS])
+    with patched(train_gpt.GPT, "hidden", hidden):
+        yield
+
+
+@pytest.mark.parametrize("length", [32, 48, 64])
+def test_a_document_that_is_foreseen_is_noticed_in_windows_of_any_length(rt, length):
+    """In a split of one document, so that the check's own must do: its first changed token is one in some windows."""
+    config, record = small_config(EVAL_SEQ_LEN=length, TTT_CHUNK_TOKENS=256), Noted(rt)
+    val, model = random_split(600, config), looping_model(config)
+    val.tokens[val.tokens == train_gpt.BOS] = 7
+    for plant, ok in ((contextlib.nullcontext, True), (documents_foreseen, False)):
+        with plant():
+            train_gpt.check_scoring(record, config, model, model.nll, val)
+        assert record.found == {"causal": ok, "normalized": True}
 
 
 def test_windows_with_another_future_change_at_three_places(rt):
