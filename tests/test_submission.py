@@ -1169,6 +1169,20 @@ def test_a_record_or_log_that_was_changed_is_refused(record, tmp_path, monkeypat
         train_gpt.collect(tiny_config(records="0.json 1.json 2.json"))
 
 
+def test_a_run_that_was_killed_is_left_out_of_the_table(record, tmp_path, monkeypatch, capsys):
+    """Its log breaks off, and its record cannot tell why."""
+    collected(tmp_path, monkeypatch, contest_records(record))
+    (tmp_path / "submission.json").unlink()
+    log = (tmp_path / "1.txt").read_text()
+    (tmp_path / "1.txt").write_text(log[:log.index("record: ")])
+    capsys.readouterr()
+    with pytest.raises(UsageError, match="no submission is made beside a run that did not end"):
+        train_gpt.collect(tiny_config(records="0.json 1.json 2.json"))
+    out = capsys.readouterr().out
+    assert "left out: 1.json, a run that did not end (its log breaks off)" in out and "| run999 |" in out
+    assert "| run314 |" not in out and not (tmp_path / "submission.json").exists()
+
+
 def test_the_readmes_table_is_put_in_its_place_whatever_else_it_holds(record, tmp_path, monkeypatch):
     around = b"caf\xe9 \\1\n<!-- results -->\n", b"<!-- /results -->\nend"
     (tmp_path / "README.md").write_bytes(b"old\n".join(around))
