@@ -895,7 +895,7 @@ class ValidationData:
                              f"(EVAL_SEQ_LEN={window})")
         if config.eval_drop_tail:
             targets -= targets % window
-        self.left_out = len(tokens) - 1 - targets
+        self.left_out = sum(map(len, shards)) - 1 - targets  # by the shards' own counts
         host = torch.from_numpy(tokens[:targets + 1])
         base_bytes, has_leading_space, boundary = build_byte_luts(sp, config.vocab_size)
         previous, target = host[:-1], host[1:]

@@ -782,12 +782,12 @@ def one_more_step():
     """A step by hand between training and calibration, in the time of no stage."""
     honest = train_gpt.Record.stage
 
-    def stage(record, name, label, scores):
+    def stage(record, name, scores):
         if name == "prequant":
             model = one_more_step.model
             gradient, = torch.autograd.grad(model(*one_more_step.batch), model.embedding)
             model.embedding.data.sub_(gradient)
-        honest(record, name, label, scores)
+        honest(record, name, scores)
     return patched(train_gpt.Record, "stage", stage)
 
 
@@ -795,10 +795,10 @@ def nudged_weights():
     """The same without a forward pass."""
     honest = train_gpt.Record.stage
 
-    def stage(record, name, label, scores):
+    def stage(record, name, scores):
         if name == "prequant":
             one_more_step.model.embedding.data.mul_(0.99)
-        honest(record, name, label, scores)
+        honest(record, name, scores)
     return patched(train_gpt.Record, "stage", stage)
 
 
