@@ -1856,6 +1856,15 @@ def test_what_another_ranks_documents_hold_counts(corpus, rt, monkeypatch):
         assert record.found == told
 
 
+def test_the_tokenizers_hash_is_its_files(corpus, tmp_path, rt):
+    """Also of one with an empty field, which SentencePiece reads and does not write again."""
+    config = tiny_run_config(tmp_path, corpus[0], TOKENIZER_PATH=tmp_path / "t.model")
+    content = tiny_run_config(tmp_path, corpus[0]).tokenizer.read_bytes() + b"\x12\0"
+    config.tokenizer.write_bytes(content)
+    val = train_gpt.ValidationData(config, rt, train_gpt.load_tokenizer(config))
+    assert val.tokenizer_sha256 == hashlib.sha256(content).hexdigest()
+
+
 def test_a_shard_that_changes_while_it_is_hashed_is_noticed(tmp_path, corpus, rt, monkeypatch):
     shutil.copytree(corpus[0], tmp_path / "data")
     config = tiny_run_config(tmp_path, tmp_path / "data")
