@@ -429,9 +429,9 @@ def print_help():
         for field in fields:
             name, _, default = assignments({field.name: field.default}).partition("=")
             limits, kind = field.metadata, type(field.default).__name__
-            allowed = ", ".join(limits["choices"] or ()) or f"{limits['low']} to {limits['high']}"
-            wrap(f"  {name:<26} {kind:<5} {default or repr(''):<8} ", f"{limits['meaning']} [{allowed}]".replace(
-                " [None to None]", ""))
+            allowed = limits["choices"] or [f"{limits['low']} to {limits['high']}"] * (limits["low"] is not None)
+            wrap(f"  {name:<26} {kind:<5} {default or repr(''):<8} ",
+                 limits["meaning"] + (f" [{', '.join(allowed)}]" if allowed else ""))
     print("\npresets (PRESET=...; any variable overrides them)")
     for name, values in PRESETS.items():
         wrap(f"  {name:<8}", assignments(values))
@@ -1186,8 +1186,9 @@ class GPT(nn.Module):
         self.smear_gate = nn.Parameter(torch.zeros(dim)) if config.smear_gate_enabled else None
         self.value_embedding = ValueEmbedding(config, kv_dim) if config.ve_layers else None
         if not PACKED:  # a forgotten site would only be missed at quantization
+            sites = self.matrix_sites()
             for name, bank in self.named_parameters():
-                if name.endswith("bank") and len(self.matrix_sites().get(name, ())) != len(bank):
+                if name.endswith("bank") and len(sites.get(name, ())) != len(bank):
                     raise UsageError(f"GPT.matrix_sites must name the inputs of the {len(bank)} matrices of {name}")
 
     def to_compute(self, rt: Runtime) -> "GPT":
