@@ -139,7 +139,7 @@ class Config:
     rope_base: float = _model(10000.0, "base of the rotary frequencies", 1, 10**9)
     rope_train_seq_len: int = _model(2048, "length beyond which the rotary base grows", 1, 2**20)
     qk_gain_init: float = _model(5.25, "initial gain of each head's queries", 0, 100)
-    xsa_last_n: int = _model(11, "last layers whose attention output loses its own value's part", 0, 64)
+    xsa_last_n: int = _model(11, "last layers whose attention output loses its part along the token's own value", 0, 64)
     ln_scale: bool = _model(True, "divide the input of layer i's sublayers by sqrt(i + 1)")
     parallel_residual: str = _model("improved", "plain: attention and MLP read one stream; lanes: two streams, joined "
                                     "at the end; improved: two that mix", choices=("improved", "plain", "lanes",
@@ -159,7 +159,8 @@ class Config:
 
     iterations: int = _optim(20000, "optimizer steps at most", 1, 10**9)
     max_wallclock_seconds: float = _optim(600.0, "budget up to the finished artifact; 0: ITERATIONS decide", 0, 10**6)
-    gptq_reserve_seconds: float = _optim(40.0, "seconds of it kept for all that follows the steps", 0, 10**6)
+    gptq_reserve_seconds: float = _optim(40.0, "seconds of MAX_WALLCLOCK_SECONDS for all that follows the steps", 0,
+                                         10**6)
     warmup_steps: int = _optim(20, "steps that compile each state of the model, then are undone", 0, 1000)
     train_log_every: int = _optim(500, "steps between two log lines (at most 30 s pass)", 1, 10**9)
     val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only at the end", 0, 10**9)
@@ -181,18 +182,19 @@ class Config:
     adam_eps: float = _optim(1e-8, "AdamW's epsilon", 1e-12, 1)
     grad_clip_norm: float = _optim(0.3, "bound of the global gradient norm; 0: none", 0, 10**6)
     warmdown_frac: float = _optim(0.72, "last fraction of the budget, over which the learning rates fall", 0, 1)
-    lr_schedule: str = _optim("linear", "how they fall: to 0, or by a cosine to MIN_LR", choices=("linear", "cosine"))
+    lr_schedule: str = _optim("linear", "how the learning rates fall: to 0, or by a cosine to MIN_LR",
+                              choices=("linear", "cosine"))
     min_lr: float = _optim(0.0, "learning-rate multiplier at least", 0, 1)
     ema_decay: float = _optim(0.9965, "decay per step of the averaged weights; 0: no averaging", 0, 0.999999)
-    swa_every: int = _optim(0, "steps between two snapshots of a uniform average instead; 0: EMA_DECAY's", 0, 10**9)
+    swa_every: int = _optim(0, "steps between snapshots of a uniform average in the EMA's place; 0: EMA", 0, 10**9)
     late_qat_threshold: float = _optim(0.0, "learning-rate multiplier below which the matrices are trained as if "
                                        "rounded; 0: never", 0, 1)
     prequant_ttt_enabled: bool = _optim(False, "fine-tune before quantization, with TTT_BATCH_SEQS and TTT_GRAD_CLIP")
-    prequant_ttt_data: str = _optim("val", "on what; val: tokens that are scored later, which the contest forbids",
+    prequant_ttt_data: str = _optim("val", "fine-tune on what; val: tokens that are scored later, which is forbidden",
                                     choices=("val", "train"))
     prequant_ttt_epochs: int = _optim(22, "passes over as many tokens as the validation split has", 1, 1000)
     prequant_ttt_lr: float = _optim(2.5e-4, "AdamW's learning rate, which falls by a cosine to a tenth", 0, 10)
-    prequant_ttt_freeze_blocks: int = _optim(1, "first layers that stay as they are", 0, 64)
+    prequant_ttt_freeze_blocks: int = _optim(1, "how many first layers are frozen in it", 0, 64)
 
     gptq_calibration_batches: int = _quant(64, "eighths of a training batch for the Hessians, rounded up to "
                                             "whole batches", 1, 10**5)
@@ -236,8 +238,8 @@ class Config:
         Raises UsageError that lists every misspelt name and bad value or, without any, every pair that does not fit.
         """
         fields = {f.name.upper(): f for f in dataclasses.fields(cls)}
-        problems, given, base = [], {}, {}  # errors, not text: so the packer drops their sentences
-        if ALIASES:
+        problems, given, base = [], {}, {}  # UsageErrors, not text: the packer shortens those
+        if ALIASES:  # empty in other presets' packed scripts
             preset = str(env.get("PRESET", (stored or {}).get("preset", cls.preset)))
             meant = ALIASES.get(preset, {})
             problems += [UsageError(f"{name} means {meant[name]} with PRESET={preset}: set one of them")
@@ -296,10 +298,11 @@ class Config:
 
         Folders and what MODE=collect reads are left out: they change no figure, and logs are published.
         """
-        preset = PRESETS[self.preset]
-        return {f.name: value for f in dataclasses.fields(self) for value in (getattr(self, f.name),)
-                if f.name in PACKED_FOR or (value, value) != (f.default, preset.get(f.name, f.default))
-                and not f.name.endswith(("_dir", "_path")) and f.metadata["room"] != "collect"}
+        preset = Config(**PRESETS[self.preset])
+        shown = [f for f in dataclasses.fields(self) if f.metadata["room"] != "collect"
+                 and not f.name.endswith(("_dir", "_path"))]
+        return {f.name: getattr(self, f.name) for f in shown if f.name in PACKED_FOR
+                or {getattr(self, f.name), getattr(preset, f.name)} != {f.default}}
 
 
 # What must hold between settings: expressions, which an error shows with the values of their variables.
@@ -420,10 +423,15 @@ def rule_with_values(rule: str, values: Mapping[str, object]) -> str:
 
 def print_help():
     """MODE=help: print every variable with type, default, allowed values and meaning, grouped by room."""
+    width = 120
+    with contextlib.suppress(OSError):  # the screen's, wherever the text is piped to
+        width = min(max(os.get_terminal_size(sys.stderr.fileno()).columns, 80), width)
+
     def wrap(begin: str, text: str):
-        print(textwrap.fill(text, 120, initial_indent=begin, subsequent_indent=" " * len(begin),
+        print(textwrap.fill(text, width, initial_indent=begin, subsequent_indent=" " * len(begin),
                             break_on_hyphens=False))
 
+    print("NAME=value torchrun ... train_gpt.py sets a variable. Its type, default, meaning [allowed]:")
     for room, fields in itertools.groupby(dataclasses.fields(Config), lambda field: field.metadata["room"]):
         print(f"\n{room}")
         for field in fields:
@@ -450,7 +458,7 @@ def assignments(values: Mapping[str, object]) -> str:
 class RunStopped(BaseException):
     """The run ends before its end; what it had is saved. args: (what happened, exit code).
 
-    Not an Exception: no library may catch a signal and make an error of its own of it.
+    Not an Exception: so no library can turn a signal into an error of its own.
     """
 
 
@@ -634,7 +642,7 @@ def sha256(data: bytes | np.ndarray) -> str:
 
 
 def write_files(files: Mapping[Path, bytes]):
-    """Write files whole or not at all: old ones stay until all the new ones are complete."""
+    """Write files whole or not at all: old ones stay until all the new ones are complete. Raises OSError."""
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
     try:
         for path, data in files.items():
@@ -652,8 +660,8 @@ def c_library(source: str) -> ctypes.CDLL:
     """Compile C with the system's compiler and load it; raise UsageError if there is none, or either fails."""
     compiler = next(filter(shutil.which, ("cc", "gcc", "clang")), None)
     if not compiler:
-        raise UsageError("no C compiler: the PATH has no cc, gcc or clang; install one (Debian, Ubuntu: apt-get "
-                         "install gcc libc6-dev), or do without PPM_ENABLED=1 and, packed, QUANTIZER=trellis")
+        raise UsageError("no C compiler: the PATH has no cc, gcc or clang (Debian, Ubuntu: apt-get install gcc "
+                         "libc6-dev); PPM_ENABLED=1 and, packed, QUANTIZER=trellis cannot do without")
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/library.so"
         # Without contraction, products and sums are rounded alike on all machines.
@@ -701,7 +709,7 @@ def load_tokenizer(config: Config) -> spm.SentencePieceProcessor:
     """Load the tokenizer and its file's `sha256`.
 
     Raises UsageError unless it has VOCAB_SIZE pieces, the contest's control ids and all ASCII.
-    The sample that it must give back is single ASCII characters, then prose: normalization may be about sequences.
+    The sample that it must give back is single ASCII characters, then prose: normalization may match sequences.
     """
     path = config.tokenizer
     if not path.is_file():
@@ -818,13 +826,13 @@ class TrainData:
             self.shards = [open_shard(path, config.vocab_size) for path in shard_files(config, "train")]
             self.opened = self.changes()
             self.sha256 = sha256("".join(map(sha256, self.shards)).encode())
-        # One window fewer than fits, unless that leaves none: then every phase below seq_len has as many.
+        # One window less than fits, so that any phase below seq_len leaves as many; at least one if one fits.
         counts = [max((n - self.seq_len) // self.seq_len, int(n > self.seq_len)) for n in map(len, self.shards)]
         self.first_window = np.cumsum([0, *counts])
         if self.first_window[-1] < self.sequences:
             raise UsageError(f"the training shards hold {self.first_window[-1]} windows of {self.seq_len} tokens, one "
                              f"batch takes {self.sequences}: lower TRAIN_BATCH_TOKENS or get more data")
-        # Otherwise a new thread would pin its memory through GPU 0, whichever this rank's is.
+        # Else the loader's thread would pin memory through GPU 0, whichever GPU the rank has.
         chosen = (torch.cuda.set_device, (rt.device,)) if rt.device.type == "cuda" else (None, ())
         self.worker = ThreadPoolExecutor(1, "loader", *chosen)
         self.pending = (None, None)
@@ -868,7 +876,7 @@ class TrainData:
         The next batch is assembled in the background, and the copy to the device does not block.
         """
         known, future = self.pending
-        # Always by the worker: it alone draws permutations, even while it is busy with a batch that nobody asks for.
+        # Always by the worker: `window` keeps state, and the worker may still be making a batch that nobody wants.
         tokens = future.result() if known == number else self.worker.submit(self.assemble, number).result()
         self.pending = (number + 1, self.worker.submit(self.assemble, number + 1))
         tokens = tokens.to(self.rt.device, non_blocking=True)
@@ -987,7 +995,7 @@ class LayerWeights(NamedTuple):
     down: Tensor  # rows times mlp_scale
     qk_gain: Tensor  # [H + G, 1]: the learned gain of each query head, 1 for the keys
     resid_mix: Tensor  # [2, D]: weights of the stream and of x0 in the layer's input
-    par_resid: Tensor | None  # [2]: what the lanes keep when attention, then the MLP, adds to them
+    par_resid: Tensor | None  # [2]: factor on the lanes as attention's, then the MLP's, output is added
     par_post: Tensor | None  # [2, 2]: weight of (attention, MLP) output in (lane 0, lane 1)
 
 
@@ -1318,7 +1326,8 @@ class GPT(nn.Module):
 def newton_schulz(g: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Orthogonalize a batch of matrices [..., m, n] approximately: its singular values end between about 0.7 and 1.2.
 
-    The quintic iteration of Muon (Jordan et al. 2024), with its coefficients; runs on the short side.
+    The quintic iteration of Muon (Jordan et al. 2024), with its coefficients, in `dtype`, the result's, too; runs on
+    the short side.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.to(dtype)
@@ -1332,7 +1341,7 @@ def newton_schulz(g: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 def bind_gradients(params: list[Tensor]) -> Tensor:
-    """Make every gradient a view into one flat buffer of zeros, which is returned."""
+    """Make every gradient a view into one flat buffer of zeros, fp32 [sum of sizes], which is returned."""
     sizes = [p.numel() for p in params]
     flat = torch.zeros(sum(sizes), device=params[0].device)
     for p, segment in zip(params, flat.split(sizes)):
@@ -1370,7 +1379,7 @@ class Optimizer:
     def step(self, multiplier: float, momentum: float):
         """Average the gradients over ranks, clip them, update all weights, forget the gradients.
 
-        Nothing here waits for the device.
+        `multiplier` is that of all learning rates. Nothing here waits for the device.
         """
         world = self.rt.world
         slices = [torch.empty_like(m) for m in self.momenta]
@@ -1519,7 +1528,7 @@ def descend(config: Config, rt: Runtime, loss_fn: Callable, optimizer: torch.opt
 
 
 def backward_batch(loss_fn: Callable, batch: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Accumulate the gradients of a rank's micro-batches; returns their mean loss, on the device."""
+    """Accumulate the gradients of a rank's micro-batches; returns their mean loss, nats per token, on the device."""
     total = torch.zeros((), device=batch[0][0].device)
     for inputs, targets in batch:
         loss = loss_fn(inputs, targets) / len(batch)
@@ -1626,7 +1635,7 @@ KEPT_FP16_ELEMENTS = 65536  # tensors (whole banks) of at most so many elements 
 
 
 def small_tensors(model: GPT) -> dict[str, Tensor]:
-    """The parameters that are no matrices or have at most 65,536 elements: they stay fp16, on the CPU."""
+    """The parameters that are no matrices or have at most KEPT_FP16_ELEMENTS: they become fp16, on the CPU."""
     return {name: p.detach().half().cpu() for name, p in model.named_parameters()
             if not name.endswith(("bank", *TABLES)) or p.numel() <= KEPT_FP16_ELEMENTS}
 
@@ -1636,8 +1645,8 @@ def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -
     """Mean of x x^T over training tokens for every input x of a matrix product: {site: [in, in] fp32}.
 
     A site that the loops visit several times averages over all visits. The embedding's site, `head`, sees the final
-    normalized states. GPTQ_CALIBRATION_BATCHES are an eighth of a global batch each, what one GPU of eight trained on
-    in a step; each rank takes its slice of those global batches, and the sums are added.
+    normalized states. GPTQ_CALIBRATION_BATCHES counts eighths of a global batch, what one of eight GPUs trains on in a
+    step; each rank takes its slice of those global batches, and the sums are added.
     """
     sums, counts = {}, {}
 
@@ -1651,7 +1660,7 @@ def collect_hessians(config: Config, rt: Runtime, model: GPT, data: TrainData) -
     for number in rt.progress("calibration", range(math.ceil(config.gptq_calibration_batches / 8))):
         for inputs, _ in data.batch(number):
             x = model.hidden(inputs)
-            observed(x, x[:0, 0], "head")  # no logits are needed: no row of the matrix
+            observed(x, x[:0, 0], "head")  # no logits are needed: a matrix without rows
     del model.project
     for site, total in sums.items():
         rt.all_reduce(total)
@@ -1693,27 +1702,6 @@ def collect_sensitivities(config: Config, rt: Runtime, model: GPT, data: TrainDa
     return sums
 
 
-def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: float = 12.85, damping: float = 0.01,
-                  block: int = 128) -> tuple[Tensor, Tensor]:
-    """Round a batch of matrices to `bits`-bit integers, each column's error fed forward to the columns after it.
-
-    weight [..., out, in] and hessian [..., in, in] (mean of x x^T of its inputs) -> integers int8 [..., out, in] in
-    [-(2^(bits-1) - 1), 2^(bits-1) - 1] and row scales fp16 [..., out]; the matrix is about integers * scale.
-
-    GPTQ (Frantar et al. 2022) in the order of falling diag(hessian): with U the upper Cholesky factor of the damped
-    hessian's inverse, column j's error over U[j, j], times U[j, k], is taken from every later column k. SDClip: the
-    scale of a row is clip_sigmas standard deviations over the largest integer.
-    Raises torch.linalg.LinAlgError if the damped hessian is not positive definite (it holds NaN, say).
-    """
-    w, top = weight.float(), 2 ** (bits - 1) - 1
-    scale = row_scale(w, bits, clip_sigmas).half()
-    step = scale.float()  # [..., out, 1]
-    factor = error_factor(hessian, damping * mean_diagonal(hessian))
-    integers = round_with_feedback(w, factor, step, functools.partial(
-        round_blocks, lambda y: y.round().clamp(-top, top), block=block))
-    return integers.to(torch.int8), scale.squeeze(-1)
-
-
 def mean_diagonal(hessian: Tensor) -> Tensor:
     """Mean of the diagonal of hessian [..., in, in] -> [..., 1]."""
     return hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
@@ -1733,7 +1721,7 @@ class ErrorFactor(NamedTuple):
 
 
 def error_factor(hessian: Tensor, damping: Tensor) -> ErrorFactor:
-    """Factorize hessian [..., in, in] with `damping` [..., 1] added to its diagonal.
+    """Factorize hessian [..., in, in] with `damping` [..., 1] added to its diagonal, in fp64; the factor is fp32.
 
     Raises torch.linalg.LinAlgError if it is not positive definite then (it holds NaN, say).
     """
@@ -1761,7 +1749,7 @@ def round_with_feedback(weight: Tensor, factor: ErrorFactor, step: Tensor, round
 
 def round_blocks(choose: Callable[[Tensor], Tensor], w: Tensor, upper: Tensor, step: Tensor,
                  block: int = 128) -> Tensor:
-    """Round columns w [..., out, in] one after another, each with its errors fed forward; `choose` is given steps.
+    """Round columns w [..., out, in] one after another, errors fed forward; `choose` gets a column over its steps.
 
     To the columns of later blocks all errors of a block are fed at once, by a matrix product.
     """
@@ -1783,8 +1771,8 @@ def round_blocks(choose: Callable[[Tensor], Tensor], w: Tensor, upper: Tensor, s
 # Trellis-coded quantization (Marcellin and Fischer 1990). A column is coded from top to bottom in paths of TRELLIS_ROWS
 # entries, each from state 0. Even states may take even multiples of the step, odd states odd ones: an entry of index k
 # is (2 * k + state % 2) * step, and the parity of k chooses the next state, by Ungerboeck's code of 32 states (1982:
-# parity checks 45 and 10, octal). Every entry pays for a spacing of two steps and errs as if it were less: 0.5 dB above
-# Shannon's bound instead of a scalar quantizer's 1.5.
+# parity checks 45 and 10, octal). An entry's bits are those of a spacing of two steps, its error that of a smaller one:
+# 0.5 dB above Shannon's bound instead of a scalar quantizer's 1.5.
 TRELLIS_ROWS = 128  # TRELLIS_SOURCE has this number, and the states', too
 STATES = np.arange(32)[:, None]
 NEXT_STATE = STATES >> 1 ^ STATES % 2 * (0o45 >> 1) ^ np.array([0, 0o10 >> 1])  # [state, parity of the index]
@@ -1794,7 +1782,7 @@ MOST_BITS = 6.0  # per weight: finer steps gain nothing that a score could show
 
 
 def trellis_round(values: Tensor) -> Tensor:
-    """Round each row of values [paths, rows], on the CPU, to the nearest path's integers (Viterbi 1967)."""
+    """Round each row of values [paths, rows], in steps, on the CPU, to the nearest path's integers (Viterbi 1967)."""
     edges = np.lexsort((np.arange(2 * len(NEXT_STATE)) % 2, NEXT_STATE.ravel()))  # to each state, even and odd index
     source, residue = edges // 2, edges // 2 % 2 + 2 * (edges % 2)  # residue: the integer modulo 4
     y, residues = values.numpy().T[:, None], np.arange(4, dtype=values.numpy().dtype)[:, None]
@@ -1826,7 +1814,7 @@ def round_columns(y: Tensor) -> Tensor:
 
 
 # GPTQ of the rows of one path: each column by Viterbi's algorithm, then its errors fed forward; integers take the
-# weights' place. To a state lead the states `from` with an even index and `from ^ 8` with an odd one (see NEXT_STATE).
+# weights' place. State s is reached from `from[s]` by an even index, from `from[s] ^ 8` by an odd one (NEXT_STATE).
 TRELLIS_SOURCE = r"""
 #include <math.h>
 void round_path(float *w, float *upper, float *step, int rows, int columns) {
@@ -1877,7 +1865,7 @@ def round_paths(w: Tensor, upper: Tensor, step: Tensor) -> Tensor:
     return w
 
 
-def trellis_rounding(rt: Runtime) -> Callable:
+def choose_rounding(rt: Runtime) -> Callable:
     """Return round_paths or, where there is no C compiler, what gives the same bits much more slowly."""
     try:
         c_library(TRELLIS_SOURCE)
@@ -1895,7 +1883,7 @@ def column_steps(step: Tensor, columns: Tensor) -> Tensor:
 
 
 class TrellisQuantizer:
-    """Quantizes all matrices with steps that have one factor in common.
+    """Quantizes all matrices with steps that share one factor.
 
     Rate allocation by reverse water-filling: with each matrix's Hessian times (nearly) its sensitivity, an error costs
     error^2 / diagonal(U)^2 at every entry, U being GPTQ's factor, so every column's step is in proportion to
@@ -1908,7 +1896,7 @@ class TrellisQuantizer:
     def __init__(self, rt: Runtime, model: GPT, hessians: dict[str, Tensor], sensitivities: dict[str, Tensor]):
         """Sort out this rank's matrices and find the mean spread of all weights in steps of factor 1."""
         self.rt, self.small, self.parts, sites = rt, small_tensors(model), [], model.matrix_sites()
-        self.rounding = round_paths if PACKED else trellis_rounding(rt)
+        self.rounding = round_paths if PACKED else choose_rounding(rt)
         self.weights, spreads = 0, torch.zeros((), dtype=torch.float64)
         for name, p in model.named_parameters():
             if name in self.small:
@@ -1929,7 +1917,7 @@ class TrellisQuantizer:
         self.mean_spread = float(spreads) / self.weights
 
     def log_step_for(self, bits: float) -> float:
-        """About the log2 of that factor at which a weight takes `bits`: a Gaussian's entropy."""
+        """The log2 of that factor at which a weight takes about `bits`, from a Gaussian's entropy."""
         return self.mean_spread + 1.05 - bits  # log2(2 pi e) / 2 less one: a unit of the index is two steps
 
     @torch.no_grad()
@@ -1967,11 +1955,33 @@ class TrellisQuantizer:
         return tensors
 
 
+def gptq_quantize(weight: Tensor, hessian: Tensor, bits: int = 6, clip_sigmas: float = 12.85, damping: float = 0.01,
+                  block: int = 128) -> tuple[Tensor, Tensor]:
+    """Round a batch of matrices to `bits`-bit integers, each column's error fed forward to the columns after it.
+
+    weight [..., out, in] and hessian [..., in, in] (mean of x x^T of its inputs) -> integers int8 [..., out, in] in
+    [-(2^(bits-1) - 1), 2^(bits-1) - 1] and row scales fp16 [..., out]; the matrix is about integers * scale.
+
+    GPTQ (Frantar et al. 2022) in the order of falling diag(hessian): with U the upper Cholesky factor of the damped
+    hessian's inverse, column j's error over U[j, j], times U[j, k], is taken from every later column k. SDClip: the
+    scale of a row is clip_sigmas standard deviations over the largest integer.
+    Raises torch.linalg.LinAlgError if the damped hessian is not positive definite (it holds NaN, say).
+    """
+    w, top = weight.float(), 2 ** (bits - 1) - 1
+    scale = row_scale(w, bits, clip_sigmas).half()
+    step = scale.float()  # [..., out, 1]
+    factor = error_factor(hessian, damping * mean_diagonal(hessian))
+    integers = round_with_feedback(w, factor, step, functools.partial(
+        round_blocks, lambda y: y.round().clamp(-top, top), block=block))
+    return integers.to(torch.int8), scale.squeeze(-1)
+
+
 @torch.no_grad()
 def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, Tensor]) -> dict[str, Tensor]:
     """Turn the model's weights into the artifact's tensors, on the CPU, as PR #1541 does (QUANTIZER=sdclip).
 
-    A quantized parameter P becomes `P.q` (int8) and `P.scale` (fp16); one of at most 65,536 elements stays P (fp16).
+    A quantized parameter P [..., out, in] becomes `P.q` (int8, of its shape) and `P.scale` (fp16 [..., out]); a small
+    one stays P (fp16).
     """
     tensors, sites = small_tensors(model), model.matrix_sites()
     for name, p in rt.progress("GPTQ", list(model.named_parameters())):
@@ -1998,7 +2008,7 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
 #   into pieces that are compressed each on its own (so that all cores work)
 
 ARTIFACT_NAME, ARTIFACT_MAGIC, ARTIFACT_VERSION = "final_model.ptz", b"PGLF", 3
-ARTIFACT_BODY = 42  # where the header begins
+ARTIFACT_BODY = 4 + 2 + 4 + 32  # where the header begins: magic, version, its bytes, SHA-256
 PIECE_BYTES, MAX_RAW_BYTES, MAX_WEIGHTS = 4 << 20, 1 << 30, 1 << 28
 ARTIFACT_DTYPES = {name: getattr(torch, name) for name in ("int8", "int16", "int32", "float16", "float32")}
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "pb": 0}]
@@ -2043,7 +2053,7 @@ def byte_planes(tensor: Tensor) -> bytes:
 
 # Trellis indices are coded by range asymmetric numeral systems (Duda 2013) in interleaved lanes, each a 32-bit state
 # that gives off 16-bit words: whole numbers only, so the same bits on every platform. An index becomes a symbol: itself
-# if it is small, else the number of its bits, which then stand among the escapes. Its distribution is the histogram of
+# if it is small, else its bit length; the other bits go to the escapes. Its distribution is the histogram of
 # its context: the class (how many steps its row and column make likely) and whether it stands for an odd multiple.
 # An integer and its negative are equally likely: they share a level, which is stored in eighths of an octave.
 FREQUENCY_BITS, DIRECT_BITS, SYMBOLS = 14, 6, 96
@@ -2072,7 +2082,10 @@ def values_of(symbols: np.ndarray, escapes: np.ndarray) -> np.ndarray:
 
 
 def histogram_levels(counts: np.ndarray) -> np.ndarray:
-    """Turn counts [CLASSES, 2, SYMBOLS] into levels int8 [CLASSES, 2, SYMBOLS]: eighths of octaves, 0 for never."""
+    """Turn counts [CLASSES, 2, SYMBOLS] into levels int8 of that shape.
+
+    127 stands for the most frequent, 8 less for each halving, 0 for never seen.
+    """
     shares = LEVEL_OF_SYMBOL[:, :, None] == np.arange(SYMBOLS)  # [2, symbol, level]
     mean = np.einsum("cpz,pzl->cpl", counts, shares) / np.maximum(shares.sum(1), 1)
     below = np.log2(np.maximum(mean, 1e-9) / np.maximum(mean.max(2, keepdims=True), 1e-9))
@@ -2133,7 +2146,7 @@ class RansDecoder:
 
 
 def trellis_contexts(tensors: Mapping[str, Tensor], name: str) -> np.ndarray:
-    """Contexts [matrices, out, in] of the entries of NAME.q where they take even multiples; odd ones have one more."""
+    """Context of each entry of NAME.q in an even state, int16 [matrices, out, in]; in an odd state it is one more."""
     rows, columns = (tensors[f"{name}.{side}"].numpy().astype(np.int16) for side in ("rows", "columns"))
     if rows.shape[:-1] != columns.shape[:-1]:
         raise ArtifactError(f"the rows and columns of {name} differ in their number of matrices")
@@ -2249,8 +2262,9 @@ def read_body(body: bytes, head_bytes: int) -> tuple[dict[str, Tensor], dict[str
         raise ArtifactError("the tensors are huge")
     if len({name for name, *_ in table}) != len(table) or compressor not in ("brotli", "lzma"):
         raise ArtifactError(f"a tensor is there twice, or the compressor {compressor!r} is none of this script's")
-    groups = [list(group) for _, group in itertools.groupby(table, key=lambda entry: entry[1])]
-    pieces = [size for group in groups for size in cut(sum(math.prod(shape) * t.itemsize for _, t, shape in group))]
+    totals = [sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in group)
+              for _, group in itertools.groupby(table, key=lambda entry: entry[1])]
+    pieces = [size for total in totals for size in cut(total)]
     ends = np.cumsum([head_bytes, *lengths])
     if len(pieces) != len(lengths) or ends[-1] != len(body):
         raise ArtifactError("the header does not fit the streams")
@@ -2342,10 +2356,11 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
         for name, p in model.named_parameters():
             plain, q, scale, step, columns, _ = (left.pop(f"{name}{suffix}", None) for suffix in (
                 "", ".q", ".scale", ".step", ".columns", ".rows"))
-            if q is not None and scale is not None and scale.shape == q.shape[:-1]:
+            shapes = [getattr(tensor, "shape", None) for tensor in (scale, step, columns)]
+            if q is not None and shapes[0] == q.shape[:-1]:
                 plain = q.float() * scale.float()[..., None]
-            elif q is not None and q.dtype == torch.int32 and q.dim() == 3 and step is not None and (
-                    columns is not None) and (step.shape, columns.shape) == (q.shape[:1], q.shape[::2]):
+            elif q is not None and q.dtype == torch.int32 and q.dim() == 3 and shapes[1:] == [
+                    q.shape[:1], q.shape[::2]]:
                 plain = q.float() * column_steps(step, columns)
                 plain = plain.view(p.shape) if plain.numel() == p.numel() else None
             if plain is None or plain.shape != p.shape:
@@ -2367,7 +2382,7 @@ def model_from_artifact(config: Config, rt: Runtime, tensors: Mapping[str, Tenso
 class Scores:
     """The score of every target of the validation split, filled window by window.
 
-    nll [N] fp64 in nats and times_scored [N] on the device; another slot at the end takes the padding.
+    nll [N] fp64 in nats and times_scored [N] on the device; one more slot at the end takes the padding.
     """
 
     def __init__(self, rt: Runtime, val: ValidationData):
@@ -2383,7 +2398,7 @@ class Scores:
         self.times_scored.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
 
     def release(self, begin: int, end: int) -> Tensor:
-        """Hand out targets [begin, end) for training, as tokens [begin, end]; count those not yet scored as `early`."""
+        """Hand out tokens [begin, end], to train on targets [begin, end); add those without a score to `early`."""
         times = self.times_scored[begin:end].clone()
         self.rt.all_reduce(times)
         self.released += end - begin
@@ -2439,7 +2454,10 @@ def score_windows(config: Config, rt: Runtime, nll_fn: Callable, scores: Scores,
 
 
 def evaluate(config: Config, rt: Runtime, nll_fn: Callable, val: ValidationData, stride: int) -> Scores:
-    """Score the split with windows every `stride` tokens; a stride of EVAL_SEQ_LEN is the plain evaluation."""
+    """Score the split with windows every `stride` tokens; a stride of EVAL_SEQ_LEN is the plain evaluation.
+
+    Returns this rank's scores: `Scores.finish` joins all ranks'.
+    """
     scores = Scores(rt, val)
     score_windows(config, rt, nll_fn, scores, windows(config, val.targets, stride))
     return scores
@@ -2450,8 +2468,9 @@ def evaluate_ttt(config: Config, rt: Runtime, model: GPT, loss_fn: Callable, nll
     """Score-first test-time training: a chunk is scored by sliding windows, only then does the model learn from it.
 
     A window belongs to the chunk of its first scored target, so that all targets of a chunk have their final scores
-    before any update sees one of them. There is no update after the last chunk. Changes the model's weights.
-    `look` is shown this rank's windows of every chunk as soon as they are scored, and how often it should look.
+    before any update sees one of them. There is no update after the last chunk. Changes the model's weights; returns
+    this rank's scores, as `evaluate` does.
+    `look(scores, windows, n)` is called once a chunk is scored, with this rank's windows and how many to score again.
     """
     scores, chunk = Scores(rt, val), config.ttt_chunk_tokens
     chunks = -(-val.targets // chunk)
@@ -2482,7 +2501,7 @@ def rehearse(config: Config, rt: Runtime, model: GPT, val: ValidationData):
     """Compile what scores and adapts, by a walk over a chunk of zeros; changes the model's weights."""
     val = copy.copy(val)
     val.tokens = torch.zeros_like(val.tokens)
-    val.targets = min(val.targets, config.ttt_chunk_tokens + config.ttt_enabled)  # one more, or nothing is adapted to
+    val.targets = min(val.targets, config.ttt_chunk_tokens + config.ttt_enabled)  # one more, or no update would follow
     evaluate_ttt(config, rt, model, rt.compiled(model), rt.compiled(model.nll), val)
 
 
@@ -2711,7 +2730,7 @@ class PPM:
     def __init__(self, trie: ByteTrie, table_bits: int = 24):
         """Nothing is seen yet; the memory is taken as the pages come into use."""
         self.trie, self.table_bits = trie, table_bits
-        memory = mmap.mmap(-1, 64 << table_bits)  # on a page's boundary, which numpy's would not be
+        memory = mmap.mmap(-1, 64 << table_bits)  # page-aligned, as numpy's would not be
         if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: fewer misses in the address tables
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.pages = np.frombuffer(memory, dtype=np.uint64)
@@ -2736,7 +2755,8 @@ class PPM:
 def mix_bytes(length: np.ndarray, share: np.ndarray, rest: np.ndarray, ppm: np.ndarray, spread: bool) -> np.ndarray:
     """Nats of tokens of `length` bytes [n], from the model's shares [bytes] and rests [n] and PPM's predictions.
 
-    The weights depend on what is before a byte alone. With `spread` it is the published figure, which is no
+    A negative share: the model is sure; a negative prediction: PPM is confident. The weights depend on what is before
+    a byte alone. With `spread` it is the published figure, which is no
     distribution: all bytes of a token get the same exp(-nll / bytes), mixed unless it is above SURE.
     """
     token = np.repeat(np.arange(len(length)), length)
@@ -2799,12 +2819,20 @@ def predict_split(config: Config, mixture: ByteShares) -> np.ndarray:
 # 10. Submission: the record, the checks, the packed script, and what is made from records
 # ----------------------------------------------------------------------------------------------------------------------
 
-PACKED_FIRST_LINE = b"#coding:latin1\n"
-TRAIN_LIMIT_SECONDS = EVAL_LIMIT_SECONDS = 600
-SUBMISSION_CAP_BYTES = 16_000_000
-# What every run of MODE=train must have.
-CHECKS = """byte_count split_text held_out warm_up_undone shards_unchanged causal normalized weights_kept train_seconds
-    eval_seconds total_bytes full_split single_pass_prequant single_pass_quantized normalized_quantized"""
+
+# --- the record -------------------------------------------------------------------------------------------------------
+
+
+def record_lines(values: Mapping[str, object]) -> list[str]:
+    """What the log says of a record's entries but the scores and checks, which have lines of their own."""
+    return [f"{key}: {assignments(value) if isinstance(value, dict) else value}" for key, value in values.items()
+            if value is not None and key not in (*Record.STAGES, "ppm", "checks")]
+
+
+def score_line(result: Mapping[str, float]) -> str:
+    """An evaluation in the log's community form."""
+    loss, bpb, seconds = (result[key] for key in ("val_loss", "val_bpb", "seconds"))
+    return f"val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{seconds * 1000:.0f}ms"
 
 
 class Record:
@@ -2842,7 +2870,7 @@ class Record:
 
     @contextlib.contextmanager
     def kept(self) -> "Iterator[Record]":
-        """Enter why the run ended early, if it does inside."""
+        """Enter an error raised inside as `stopped`, and let it pass."""
         try:
             yield self
         except BaseException as error:
@@ -2858,7 +2886,7 @@ class Record:
 
     def check(self, name: str, ok: bool, detail: str):
         """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
-        self.data["checks"].append({"name": name, "ok": bool(ok), "detail": str(detail)})
+        self.data["checks"].append({"name": name, "ok": bool(ok), "detail": str(detail)})  # packed, a tuple of values
         outcome = "ok" if ok else "FAILED"
         self.rt.log(f"check {name}: {outcome} ({detail})")
 
@@ -2875,32 +2903,36 @@ class Record:
         self.set(**{name: result})
 
 
-def score_mixture(record: Record, config: Config, mixture: ByteShares, shares: tuple[np.ndarray, np.ndarray],
-                  predicted: np.ndarray, neural: Scores, begin: float):
-    """Log and enter the score of the byte mixture, beside the neural one that it was made from."""
-    (share, rest), spread, val = shares, config.ppm_mode == "spread", neural.val
-    # Where the model is taken to be sure of every byte, its own score must come out again.
-    alone = float(mix_bytes(mixture.length, -np.abs(share), rest, predicted, False).sum())
-    total = float(mix_bytes(mixture.length, share, rest, predicted, spread).sum())
-    same = math.isclose(alone, neural.nll.sum(), rel_tol=1e-4) and len(predicted) == val.bytes
-    record.check("ppm_normalized", same and not spread, f"PPM_MODE={config.ppm_mode}; without PPM {len(predicted)} "
-                 f"bytes take {alone:.1f} nats, the neural score is {float(neural.nll.sum()):.1f}")
-    result = {"val_loss": total / val.targets, "val_bpb": val.bits_per_byte(total),
-              "seconds": record.rt.clock() - begin}
-    record.rt.log(f"quantized_ppm {score_line(result)}")
-    record.set(ppm=result)
+# --- checks of the data: the split's text, the training shards --------------------------------------------------------
 
 
-def record_lines(values: Mapping[str, object]) -> list[str]:
-    """What the log says of a record's entries but the scores and checks, which have lines of their own."""
-    return [f"{key}: {assignments(value) if isinstance(value, dict) else value}" for key, value in values.items()
-            if value is not None and key not in (*Record.STAGES, "ppm", "checks")]
+def passage_distance(val: ValidationData) -> int:
+    """Mean letters from one passage to the next; few in a small split, so that its passages are too many to avoid."""
+    return min(max(val.bytes // 1024, 4), 512)
 
 
-def score_line(result: Mapping[str, float]) -> str:
-    """An evaluation in the log's community form."""
-    loss, bpb, seconds = (result[key] for key in ("val_loss", "val_bpb", "seconds"))
-    return f"val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{seconds * 1000:.0f}ms"
+def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
+    """Numbers (uint64) of passages of 256 letters, the same for the same text, wherever it stands.
+
+    Letters and digits count, ASCII's in lower case: cutting documents or words elsewhere, other blanks, or byte pieces
+    in the place of others change none. A passage begins where a hash of its first 8 letters says so. The hash depends
+    on the split and the salt: who alters a text so that it has no passages has other ones.
+    """
+    signs, keys, text = (string.punctuation + string.whitespace).encode(), [], np.empty(0, np.uint8)
+    known = [token_bytes(val.tokenizer, token, False).lower().translate(None, signs)
+             for token in range(val.tokenizer.vocab_size())]
+    seed = int(sha256((val.sha256 + salt).encode()), 16)
+    multipliers = np.random.default_rng(seed).integers(2**63, size=256, dtype=np.uint64) | 1
+    for part in np.array_split(tokens, 1 + len(tokens) // 2**18):  # bounds the memory
+        # Decoded together, for byte pieces may spell what is no letter; one cut by the part's end is left out.
+        letters = b"".join(map(known.__getitem__, part.tolist())).decode(errors="ignore")
+        text = np.concatenate([text, np.frombuffer(re.sub(r"\W+", "", letters).encode(), np.uint8)])
+        places = max(len(text) - 255, 0)
+        chances = np.ndarray(places, "<u8", text, 0, (1,)) * multipliers[0]  # of the 8 letters at each place
+        starts = np.flatnonzero(chances >> 32 < 2**32 // passage_distance(val))
+        keys.append(text[starts[:, None] + np.arange(256)] @ multipliers)
+        text = text[places:]
+    return np.concatenate(keys)
 
 
 def check_split(record: Record, val: ValidationData):
@@ -2934,36 +2966,8 @@ def check_split(record: Record, val: ValidationData):
     record.check("split_text", max(foreign, empty) <= 0.1 * val.targets and repeated <= 0.1 * len(keys)
                  and len(keys) >= least,  # fewer if it has a short period or is hardly any letters
                  f"{foreign} of {val.targets} tokens stand in documents that encode otherwise, {repeated} of "
-                 f"{len(keys)} passages repeat, {least:.0f} must be there, and {empty} targets are no text")
-
-
-def passage_distance(val: ValidationData) -> int:
-    """After how many letters a passage begins, on average: of a small split, too, there are too many to avoid."""
-    return min(max(val.bytes // 1024, 4), 512)
-
-
-def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
-    """Numbers (uint64) of passages of 256 letters, the same for the same text, wherever it stands.
-
-    Letters and digits count, ASCII's in lower case: cutting documents or words elsewhere, other blanks, or byte pieces
-    in the place of others change none. A passage begins where a hash of its first 8 letters says so. The hash depends
-    on the split and the salt: who alters a text so that it has no passages has other ones.
-    """
-    signs, keys, text = (string.punctuation + string.whitespace).encode(), [], np.empty(0, np.uint8)
-    known = [token_bytes(val.tokenizer, token, False).lower().translate(None, signs)
-             for token in range(val.tokenizer.vocab_size())]
-    seed = int(sha256((val.sha256 + salt).encode()), 16)
-    multipliers = np.random.default_rng(seed).integers(2**63, size=256, dtype=np.uint64) | 1
-    for part in np.array_split(tokens, 1 + len(tokens) // 2**18):  # bounds the memory
-        # Decoded together, for byte pieces may spell what is no letter; one cut by the part's end is left out.
-        letters = b"".join(map(known.__getitem__, part.tolist())).decode(errors="ignore")
-        text = np.concatenate([text, np.frombuffer(re.sub(r"\W+", "", letters).encode(), np.uint8)])
-        places = max(len(text) - 255, 0)
-        chances = np.ndarray(places, "<u8", text, 0, (1,)) * multipliers[0]  # of the 8 letters at each place
-        starts = np.flatnonzero(chances >> 32 < 2**32 // passage_distance(val))
-        keys.append(text[starts[:, None] + np.arange(256)] @ multipliers)
-        text = text[places:]
-    return np.concatenate(keys)
+                 f"{len(keys)} passages repeat ({least:.0f} must be there), {empty} targets have no bytes; at most a "
+                 "tenth each")
 
 
 def check_held_out(record: Record, val: ValidationData, data: TrainData):
@@ -2978,13 +2982,22 @@ def check_held_out(record: Record, val: ValidationData, data: TrainData):
                                                 np.isin(range(vocab), np.unique(shard))), record.rt.own(data.shards))
         found = torch.from_numpy(sum(seen, np.zeros(len(keys) + vocab))).to(record.rt.device)
     record.rt.all_reduce(found)
-    copied, foreign = int((found[:len(keys)] > 0).sum()), int((found[val.tokens.long() + len(keys)] == 0).sum())
+    copied, unseen = int((found[:len(keys)] > 0).sum()), int((found[val.tokens.long() + len(keys)] == 0).sum())
     short = sum(n for n in map(len, data.shards) if n < 1024)
     if not PACKED:
         record.rt.log(f"training shards: {len(data.shards)} of {sum(map(len, data.shards))} tokens")
-    record.check("held_out", len(keys) and copied <= 0.1 * len(keys) and max(foreign, short) <= 0.1 * val.targets,
-                 f"{copied} of {len(keys)} passages of the split stand in the training shards, {foreign} of its tokens "
+    record.check("held_out", len(keys) and copied <= 0.1 * len(keys) and max(unseen, short) <= 0.1 * val.targets,
+                 f"{copied} of {len(keys)} passages of the split stand in the training shards, {unseen} of its tokens "
                  f"nowhere there; {short} tokens in shards too short for passages; at most a tenth each")
+
+
+# --- checks of the scores, and the contest's limits -------------------------------------------------------------------
+
+TRAIN_LIMIT_SECONDS = EVAL_LIMIT_SECONDS = 600
+SUBMISSION_CAP_BYTES = 16_000_000
+# What every run of MODE=train must have.
+CHECKS = """byte_count split_text held_out warm_up_undone shards_unchanged causal normalized weights_kept train_seconds
+    eval_seconds total_bytes full_split single_pass_prequant single_pass_quantized normalized_quantized"""
 
 
 def artifact_rng(record: Record) -> np.random.Generator:
@@ -2993,7 +3006,7 @@ def artifact_rng(record: Record) -> np.random.Generator:
 
 
 def windows_to_check(count: int) -> int:
-    """How many of so many windows to look at, over all ranks: enough to meet a share of them that would matter."""
+    """How many of `count` windows to look at, over all ranks: one in 16 meets a faulty share that would matter."""
     return min(max(32, count // 16), 1024)
 
 
@@ -3014,15 +3027,17 @@ def check_scoring(record: Record, config: Config, model: GPT, nll_fn: Callable, 
         same = torch.eq(*(nll_fn(ids[:, :-1].contiguous(), targets[:, 1:].contiguous()) for ids, targets in pairs))
         wrong += int((~same[:, :place]).sum())
         still = max(still, float(same[:, place:].float().mean()))  # by chance, a few after it may be the same
-    record.check("causal", all(record.rt.gather(not wrong and still < 0.5)), f"{batches} x {rows} windows with other "
-                 f"tokens from a place on: {wrong} scores before it changed, {1 - still:.0%} of those after it")
+    wrong, still = sum(record.rt.gather(wrong)), max(record.rt.gather(still))
+    record.check("causal", not wrong and still < 0.5, f"{batches} x {rows} windows of each rank with other tokens from "
+                 f"a place on: {wrong} scores before it changed, {1 - still:.0%} of those after it")
     candidates = torch.arange(vocab, device=tokens.device)[:, None].split(max(1, record.rt.micro_batch_tokens // 9))
     mass = 0.0
-    for c in candidates:  # each is the target of the last place but one, and stands in the input after it
+    for c in candidates:  # each is scored at the last place but one, and is input only after it
         ids = torch.cat((tokens[0, :8].expand(len(c), -1), c), 1)
         mass += float(model.nll(ids, c.expand(-1, 2))[:, 0].neg().exp().sum())
-    record.check("normalized", all(record.rt.gather(abs(mass - 1) < 1e-3)),
-                 f"the probabilities of all {vocab} tokens at one place add up to {mass:.7f}")
+    masses = record.rt.gather(mass)
+    record.check("normalized", all(abs(mass - 1) < 1e-3 for mass in masses),
+                 f"the probabilities of all {vocab} tokens at one place, on each rank, add up to {masses}")
 
 
 @torch.no_grad()
@@ -3048,10 +3063,26 @@ def check_entered(record: Record, scores: Scores, stage: str, deviations: list[T
                  f"nats; all scores: {float(scores.nll.sum()):.1f} nats, the figure's {total:.1f}")
 
 
+def score_mixture(record: Record, config: Config, mixture: ByteShares, shares: tuple[np.ndarray, np.ndarray],
+                  predicted: np.ndarray, neural: Scores, begin: float):
+    """Log and enter the score of the byte mixture, beside the neural one that it was made from."""
+    (share, rest), spread, val = shares, config.ppm_mode == "spread", neural.val
+    # Where the model is taken to be sure of every byte, its own score must come out again.
+    alone = float(mix_bytes(mixture.length, -np.abs(share), rest, predicted, False).sum())
+    total = float(mix_bytes(mixture.length, share, rest, predicted, spread).sum())
+    same = math.isclose(alone, neural.nll.sum(), rel_tol=1e-4) and len(predicted) == val.bytes
+    record.check("ppm_normalized", same and not spread, f"PPM_MODE={config.ppm_mode}; without PPM {len(predicted)} "
+                 f"bytes take {alone:.1f} nats, the neural score is {float(neural.nll.sum()):.1f}")
+    result = {"val_loss": total / val.targets, "val_bpb": val.bits_per_byte(total),
+              "seconds": record.rt.clock() - begin}
+    record.rt.log(f"quantized_ppm {score_line(result)}")
+    record.set(ppm=result)
+
+
 def final_checks(record: Record, config: Config, val: ValidationData):
-    """Hold the run against the contest's limits and fill in `compliant`: all checks of what is on are there, and ok."""
+    """Hold the run against the contest's limits; in MODE=train fill in `compliant`: all checks are there, and ok."""
     data = record.data
-    used = data["artifact_seconds"]
+    used = data["artifact_seconds"]  # not the record's `train_seconds`, those of the steps alone
     if used is not None:
         record.check("train_seconds", used <= TRAIN_LIMIT_SECONDS,
                      f"training {data['train_seconds']:.1f} + calibration {data['calibration_seconds']:.1f} + "
@@ -3075,12 +3106,7 @@ def final_checks(record: Record, config: Config, val: ValidationData):
         record.set(compliant=all(check["ok"] for check in data["checks"]))
 
 
-def pack_source(source: bytes, config: Config) -> bytes:
-    """The packed script of a source for runs with such settings; a packed script is returned as it is."""
-    if PACKED or source.startswith(PACKED_FIRST_LINE):
-        return source
-    return compress_source(source, tuple((name, getattr(config, name)) for name in PACKED_FOR))
-
+# --- the packed script: what goes from the syntax tree ----------------------------------------------------------------
 
 PUBLIC_NAMES = {"Config", "from_env", "GPT", "build_byte_luts", "gptq_quantize", "pack_artifact", "unpack_artifact",
                 "SOURCE", "main", "__file__", "__name__"}
@@ -3089,7 +3115,7 @@ PUBLIC_NAMES = {"Config", "from_env", "GPT", "build_byte_luts", "gptq_quantize",
 class SourceStripper(ast.NodeTransformer):
     """Remove from a syntax tree what only a reader needs: docstrings, annotations, the settings' meanings.
 
-    The sentences of errors and checks become their line in the readable script and the values that they name. The
+    An error's or check's sentence becomes its line in the readable script and the values that it names. The
     settings that the script is packed for keep no other choices, and with these go the branches that they would take,
     where `PACKED` and such settings (`config.<setting>`, `self.config.<setting>`, `<setting>`) decide a condition.
     """
@@ -3136,7 +3162,7 @@ class SourceStripper(ast.NodeTransformer):
     def visit_Assign(self, node: ast.Assign) -> ast.stmt:
         """Keep the preset that the script is packed for, and the constraints that it leaves open.
 
-        What it is packed for then are the settings with one choice: shorter than their names.
+        PACKED_FOR becomes the settings that have one choice: shorter than their names.
         """
         name = getattr(node.targets[0], "id", "")
         if name == "PACKED_FOR":
@@ -3198,6 +3224,8 @@ class SourceStripper(ast.NodeTransformer):
         return node
 
 
+# --- the packed script: shorter C and names ---------------------------------------------------------------------------
+
 C_WORDS = """include math stdint INFINITY rintf void char int float double const static struct typedef enum for if else
     while return break continue round_path predict_text"""  # the last two are what Python calls
 
@@ -3239,7 +3267,7 @@ def drop_unused(tree: ast.Module):
 
 
 def drop_unread_settings(tree: ast.Module, packed_for: Mapping[str, tuple]):
-    """Drop the settings of which nothing that is left makes use, except that a choice that is gone must be refused."""
+    """Drop settings that nothing left reads, but those packed for: their other values must be refused."""
     read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     read |= {word for node in ast.walk(tree) if isinstance(node, ast.Constant)
              for word in re.findall(r"\w+", str(node.value).lower())}
@@ -3329,6 +3357,11 @@ def shorten_names(tree: ast.Module):
     rename([node for node in ast.walk(tree) if id(node) not in local], short, pairs, everywhere)
 
 
+# --- the packed script: layout and compression ------------------------------------------------------------------------
+
+PACKED_FIRST_LINE = b"#coding:latin1\n"
+
+
 def strip_source(source: str, **settings: object) -> str:
     """Return the program for counting bytes: nothing for readers, short names, no needless blanks.
 
@@ -3358,7 +3391,7 @@ def spare_characters(statement: str) -> str:
     for pattern in (r"\(", r"(?<=\W) | (?=\W)") if whole else ():
         for begin in reversed([match.start() for match in re.finditer(pattern, statement)]):
             depths = itertools.accumulate({"(": 1, ")": -1}.get(c, 0) for c in statement[begin:])
-            end = begin + next((i for i, depth in enumerate(depths) if not depth), 0)  # a blank's is where it begins
+            end = begin + next((i for i, depth in enumerate(depths) if not depth), 0)  # a blank's is `begin` itself
             fewer = statement[:begin] + statement[begin + 1:end] + statement[end + 1:]
             statement = fewer if meaning(fewer) == whole else statement
     return statement
@@ -3404,6 +3437,16 @@ def compress_source(source: bytes, settings: tuple[tuple[str, object], ...]) -> 
     return PACKED_FIRST_LINE + program.encode("latin1")
 
 
+def pack_source(source: bytes, config: Config) -> bytes:
+    """The packed script of a source for runs with such settings; a packed script is returned as it is."""
+    if PACKED or source.startswith(PACKED_FIRST_LINE):
+        return source
+    return compress_source(source, tuple((name, getattr(config, name)) for name in PACKED_FOR))
+
+
+# --- from records: the table ------------------------------------------------------------------------------------------
+
+
 def final_score(record: Mapping[str, object]) -> dict[str, float]:
     """The stage that counts: the last that was scored from the artifact."""
     return record["ttt"] or record["sliding"] or record["quantized"]
@@ -3427,20 +3470,22 @@ def results_table(records: list[dict]) -> str:
     def bpb(record, stage):
         return f"{record[stage]['val_bpb']:.4f}" if record[stage] else "-"
 
-    rows = ["| run | hardware | validation tokens | steps | tok/s | prequant | quantized | sliding | TTT | bytes "
-            "| failed checks |", "|" + " --- |" * 11]
-    own = dict(zip(map(id, records), what_differs(records)))
-    if any(own.values()):
-        rows = [f"{rows[0]} settings that differ |", f"{rows[1]} --- |"]
-    for r in sorted(records, key=lambda r: (final_score(r) or {"val_bpb": math.inf})["val_bpb"]):
+    titles = ["run", "hardware", "validation tokens", "steps", "tok/s", "prequant", "quantized", "sliding", "TTT",
+              "bytes", "failed checks"]
+    differ, table = what_differs(records), []
+    for r, own in zip(records, differ):
         cells = [r[key] for key in ("run_id", "hardware", "val_tokens", "steps", "tokens_per_second")]
         cells += [*(bpb(r, stage) for stage in ("prequant", "quantized", "sliding", "ttt")), r["total_bytes"]]
         cells.append(", ".join(check["name"] for check in r["checks"] if not check["ok"])
                      or ("none" if r["compliant"] else "-"))
-        cells += [own[id(r)]] * any(own.values())
-        rows.append(f"| {' | '.join('-' if cell is None else str(cell) for cell in cells)} |")
-    return "\n".join(rows)
+        table.append(((final_score(r) or {"val_bpb": math.inf})["val_bpb"], [*cells, own]))
+    rows = [[*titles, "settings that differ"], ["---"] * (len(titles) + 1),
+            *(cells for _, cells in sorted(table, key=lambda row: row[0]))]
+    return "\n".join(f"| {' | '.join('-' if cell is None else str(cell) for cell in row)} |"
+                     for row in (rows if any(differ) else [row[:-1] for row in rows]))
 
+
+# --- from records: submission.json ------------------------------------------------------------------------------------
 
 FINEWEB_VAL_BYTES, FINEWEB_TARGETS = 151_080_891, 40_540_802  # 50,000 documents, the contest's 8192 pieces
 
@@ -3535,8 +3580,8 @@ def check_one_system(records: list[dict]):
             if mine != first:
                 if key == "settings":
                     mine, first = what_differs([r, records[0]])
-                raise UsageError(f"{r['run_id']} and {records[0]['run_id']} cannot make one submission: {key} differs "
-                                 f"({mine} and {first})")
+                raise UsageError(f"{r['run_id']} and {records[0]['run_id']} cannot make one submission: they differ in "
+                                 f"{key} ({mine} and {first})")
     for key in ("seed", "artifact_sha256"):
         if len({r[key] for r in records}) < len(records):
             raise UsageError(f"two of the records have the same {key}: a run would be cherry-picked, or counted twice")
@@ -3579,7 +3624,8 @@ def make_submission(config: Config, records: list[dict]) -> dict[str, object]:
         "rehearsal": None if contest else figures}
 
 
-RESULTS_MARKS = b"<!-- results -->\n<!-- /results -->\n"
+# --- from records: the folder, the README, the picture ----------------------------------------------------------------
+
 RESULTS_PLACE = re.compile(b"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
 
 
@@ -3591,12 +3637,29 @@ def with_results(readme: bytes, results: str) -> bytes:
 def submission_state(submission: Mapping[str, object]) -> str:
     """Say what the records make: a pull request, or less."""
     if submission["rehearsal"]:
-        return "A rehearsal: not all of it is compliant runs on 8xH100 and FineWeb, submission.json says null"
+        return "A rehearsal: not every run is compliant and on 8xH100 and FineWeb; submission.json's figures are null"
     missing = [what for what, there in (
         ("three seeds", len(submission["seeds"]) >= 3), ("AUTHOR", submission["author"]),
         ("GITHUB_ID", submission["github_id"]), ("a difference from REFERENCE_BPB that is significant",
          not submission["significance"] or submission["significance"]["significant"])) if not there]
     return f"A contest run without {', '.join(missing)}" if missing else "Ready for a pull request"
+
+
+def folder_results(records: list[dict], submission: Mapping[str, object]) -> str:
+    """What a submission's README says of its runs, in Markdown."""
+    checks = "\n".join(f"- {r['run_id']}: {c['name']} {'ok' if c['ok'] else 'FAILED'} ({c['detail']})"
+                       for r in records for c in r["checks"])
+    command = f"torchrun --standalone --nproc_per_node={records[0]['world_size']} train_gpt.py"
+    figures = submission["rehearsal"] or submission
+    spread = f"{figures['val_bpb_std']:.5f}" if figures["val_bpb_std"] is not None else "unknown"
+    return (f"{results_table(records)}\n\n{submission_state(submission)}. Mean val_bpb {figures['val_bpb']:.5f}, "
+            f"standard deviation {spread}.\n\nMade from the records beside this file, by `MODE=collect`; what "
+            "stands outside the marks is left alone. `train_gpt.py` is the script as it was counted: its errors and "
+            f"checks name lines and values of its readable source (SHA-256 {records[0]['source_sha256']}). It needs "
+            "torch, numpy, sentencepiece and brotli, and the data in `DATA_DIR`. The run again, and the score of "
+            "its artifact alone:\n\n"
+            f"    SEED={records[0]['seed']} {assignments(shared_settings(records[0]))} {command}\n"
+            f"    MODE=eval {command}\n\n## Checks\n\n{checks}\n")
 
 
 def write_submission_folder(config: Config, records: list[dict], submission: Mapping[str, object]) -> Path:
@@ -3610,25 +3673,13 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
     if code is None:
         raise UsageError(f"the records were made by other code: neither this script nor {made} packs to SHA-256 "
                          f"{submission['code_sha256']}")
-    checks = "\n".join(f"- {r['run_id']}: {c['name']} {'ok' if c['ok'] else 'FAILED'} ({c['detail']})"
-                       for r in records for c in r["checks"])
     title = config.submission_name.replace("<", "&lt;")  # no table of its own
-    command = f"torchrun --standalone --nproc_per_node={records[0]['world_size']} train_gpt.py"
-    figures = submission["rehearsal"] or submission
-    spread = f"{figures['val_bpb_std']:.5f}" if figures["val_bpb_std"] is not None else "unknown"
-    results = (f"{results_table(records)}\n\n{submission_state(submission)}. Mean val_bpb {figures['val_bpb']:.5f}, "
-               f"standard deviation {spread}.\n\nMade from the records beside this file, by `MODE=collect`; what "
-               "stands outside the marks is left alone. `train_gpt.py` is the script as it was counted: its errors and "
-               f"checks name lines and values of its readable source (SHA-256 {records[0]['source_sha256']}). It needs "
-               "torch, numpy, sentencepiece and brotli, and the data in `DATA_DIR`. The run again, and the score of "
-               "its artifact alone:\n\n"
-               f"    SEED={records[0]['seed']} {assignments(shared_settings(records[0]))} {command}\n"
-               f"    MODE=eval {command}\n\n## Checks\n\n{checks}\n")
     readme = folder / "README.md"
-    written = readme.read_bytes() if readme.is_file() else RESULTS_MARKS.join((f"# {title}\n\n".encode(), b""))
+    written = (readme.read_bytes() if readme.is_file() else
+               f"# {title}\n\n<!-- results -->\n<!-- /results -->\n".encode())
     if not RESULTS_PLACE.search(written):
         raise UsageError(f"{readme} was not made here, and would be overwritten: rename it")
-    files = {"train_gpt.py": code, "README.md": with_results(written, results),
+    files = {"train_gpt.py": code, "README.md": with_results(written, folder_results(records, submission)),
              "submission.json": (json.dumps(submission, indent=2) + "\n").encode()}
     for path in map(Path, config.records.split()):
         for p in (path, path.with_suffix(".txt")):
@@ -3702,9 +3753,82 @@ def collect(config: Config):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def check_code():
+    """Raise UsageError if the code that runs is not the script's, or a module came from its folder, uncounted.
+
+    Later imports from there are blocked. Python itself and installed packages may lie there: a virtual environment.
+    """
+    if __spec__ and __name__ == "__main__":  # Python would import from its folder before the first line
+        raise UsageError("`python -m` may run other code than it reads: name the file")
+    # It was read from a pipe, or has been exchanged since.
+    if compile(SOURCE, __file__, "exec") != RUNNING:
+        raise UsageError(f"{__file__} does not hold the code that runs: start it again, by the name of its file")
+    script = Path(__file__).resolve()
+
+    def beside(path: Path) -> bool:  # the first known folder above it is the script's
+        return script.parent == next((p for p in (path, *path.parents) if p.name in ("site-packages", "dist-packages")
+                                      or p in (script.parent, Path(sys.base_prefix).resolve())), None)
+
+    sys.path[:] = [path for path in sys.path if not beside(Path(path).resolve())]
+    files = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
+    files = {file.resolve() for file in files if file.is_absolute()}  # PyTorch makes up relative ones
+    strangers = sorted(str(file) for file in files - {script} if beside(file))
+    if strangers:
+        raise UsageError(f"{', '.join(strangers)}: imported from the script's folder, not counted")
+
+
+@functools.cache
+def read_artifact(folder: str) -> bytes:
+    """Read OUT_DIR's artifact, once, for settings and weights must be of one; raise UsageError if there is none."""
+    path = Path(folder) / ARTIFACT_NAME
+    if not path.is_file():
+        raise UsageError(f"MODE=eval needs the artifact {path}: set OUT_DIR to its folder")
+    return path.read_bytes()
+
+
+def read_config(env: Mapping[str, str]) -> Config:
+    """Settings of this run: the environment's, over an artifact's own in MODE=eval."""
+    stored, env = None, {name: value.strip() for name, value in env.items()}
+    if env.get("MODE") == "eval":
+        stored = unpack_artifact(read_artifact(env.get("OUT_DIR", Config.out_dir)))[1].get("settings")
+        if not isinstance(stored, dict):
+            raise ArtifactError("the artifact does not say which settings it was made with")
+    config = Config.from_env(env, stored)
+    made = Path(config.out_dir, "train_gpt.py").resolve()
+    if config.mode in ("train", "pack") and made.is_file() and (
+            made == Path(__file__).resolve() or not made.read_bytes().startswith(PACKED_FIRST_LINE)):
+        raise UsageError(f"OUT_DIR={config.out_dir} holds a script, which the packed one would overwrite")
+    return config
+
+
+def check_machine(config: Config, rt: Runtime):
+    """Raise UsageError unless what the run will write can be written, and what it compiles compiled.
+
+    Raises ArtifactError if the compressor's library cannot read what it writes (Brotli before 1.2).
+    """
+    unpack_artifact(pack_artifact({}, artifact_header(config)))
+    with rt.agree():
+        if config.ppm_enabled and rt.main:
+            c_library(PPM_SOURCE)
+        if config.quantizer == "trellis" and config.mode == "train":
+            c_library(TRELLIS_SOURCE) if PACKED else choose_rounding(rt)
+        for name in ("OUT_DIR", "LOG_DIR") if rt.main else ():
+            folder = Path(getattr(config, name.lower())).absolute()
+            there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+            try:
+                tempfile.TemporaryFile(dir=there).close()
+            except OSError as error:
+                raise UsageError(f"{name}={folder} cannot be written to: {error.strerror}") from error
+            if not PACKED and (name, config.mode) == ("OUT_DIR", "train"):
+                with torch.device("meta"):
+                    least, free = 4 * sum(p.numel() for p in GPT(config).parameters()), shutil.disk_usage(there).free
+                if free < least:
+                    raise UsageError(f"OUT_DIR={folder} has {free:,} bytes free, the weights alone are {least:,}")
+
+
 def open_record(config: Config, rt: Runtime, val: ValidationData) -> Record:
     """Seed everything, open log and record, and say what runs on what; raise UsageError if ranks differ in it."""
-    for what, value in (("settings", assignments(config.in_force())), ("code", sha256(SOURCE)),
+    for what, value in (("settings", assignments(config.in_force())), ("source", sha256(SOURCE)),
                         ("device", rt.hardware()), ("attention", rt.attention), ("validation tokens", val.sha256),
                         ("tokenizer", val.tokenizer_sha256)):
         rt.check_alike(what, value)
@@ -3720,29 +3844,86 @@ def open_record(config: Config, rt: Runtime, val: ValidationData) -> Record:
     return record
 
 
-def check_machine(config: Config, rt: Runtime):
-    """Raise UsageError unless what the run will write can be written, and what it compiles compiled.
+def weights_file(model: GPT) -> bytes:
+    """The fp32 weights, for torch.load with weights_only=True."""
+    file = io.BytesIO()
+    torch.save({name: p.detach().cpu() for name, p in model.named_parameters()}, file)
+    return file.getvalue()
 
-    Raises ArtifactError if the compressor's library cannot read what it writes (Brotli before 1.2).
-    """
-    unpack_artifact(pack_artifact({}, artifact_header(config)))
-    with rt.agree():
-        if config.ppm_enabled and rt.main:
-            c_library(PPM_SOURCE)
-        if config.quantizer == "trellis" and config.mode == "train":
-            c_library(TRELLIS_SOURCE) if PACKED else trellis_rounding(rt)
-        for name in ("OUT_DIR", "LOG_DIR") if rt.main else ():
-            folder = Path(getattr(config, name.lower())).absolute()
-            there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-            try:
-                tempfile.TemporaryFile(dir=there).close()
-            except OSError as error:
-                raise UsageError(f"{name}={folder} cannot be written to: {error.strerror}") from error
-            if not PACKED and (name, config.mode) == ("OUT_DIR", "train"):
-                with torch.device("meta"):
-                    least, free = 4 * sum(p.numel() for p in GPT(config).parameters()), shutil.disk_usage(there).free
-                if free < least:
-                    raise UsageError(f"OUT_DIR={folder} has {free:,} bytes free, the weights alone are {least:,}")
+
+def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data: TrainData, start: float) -> bytes:
+    """Calibrate, quantize and pack; the bytes are rank 0's, others get none. `start`: when training began."""
+    times, code = [rt.clock()], pack_source(SOURCE, config)
+    hessians = collect_hessians(config, rt, model, data)
+    sensitivities = collect_sensitivities(config, rt, model, data) if config.quantizer == "trellis" else {}
+    times.append(rt.clock())
+    if config.quantizer == "trellis":
+        quantizer = TrellisQuantizer(rt, model, hessians, sensitivities)
+        artifact = fit_artifact(config, rt, quantizer, config.target_bytes - len(code))
+    else:
+        tensors = quantize_rows(config, rt, model, hessians)
+        most_bytes = config.target_bytes - len(code) if config.selective_pruning_enabled else MAX_RAW_BYTES
+        artifact = prune_to_fit(config, rt, tensors, most_bytes) if rt.main else b""
+    times.append(rt.clock())
+    calibration, quantization = np.diff(times).tolist()
+    used = times[-1] - start
+    reserve = used - record.data["train_seconds"]  # fine-tuning included
+    rt.log(f"{reserve:.1f}s of GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g} used")
+    record.set(calibration_seconds=calibration, quantize_seconds=quantization, artifact_seconds=used)
+    return artifact
+
+
+def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationData, artifact: bytes):
+    """Score an artifact's bytes in every way that is switched on, and close the record."""
+    code = pack_source(SOURCE, config)
+    rt.log(f"Code size: {len(code)} bytes\nSerialized model quantized+{config.compressor}: {len(artifact)} bytes\n"
+           f"Total submission size quantized+{config.compressor}: {len(code) + len(artifact)} bytes")
+    record.set(artifact_bytes=len(artifact), code_bytes=len(code), total_bytes=len(code) + len(artifact),
+               artifact_sha256=sha256(artifact), code_sha256=sha256(code))
+    # The same artifact must get the same score again: gradients, the embedding's above all, are otherwise sums in any
+    # order. (CUDA's attention kernels keep one of their own in the backward pass: there it holds before TTT alone.)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    if rt.compile:
+        rehearse(config, rt, model_from_artifact(config, rt, unpack_artifact(artifact)[0]), val)
+    start = rt.clock()
+    model = model_from_artifact(config, rt, unpack_artifact(artifact)[0])
+    nll_fn, loss_fn, stored = rt.compiled(model.nll), rt.compiled(model), rt.gather(sha256(weights_file(model)))[0]
+    check_scoring(record, config, model, nll_fn, val)
+    rng, tolerance = artifact_rng(record), 5e-4 if model.dtype == torch.float32 else 2e-3
+
+    def look(scores: Scores, chosen: list[tuple[int, int]], times: int):
+        for _ in range(times):
+            deviations.append(deviation(config, model, scores, chosen[rng.integers(len(chosen))]))
+
+    walks = [("quantized", config.eval_seq_len)] + [("sliding", config.eval_stride)] * config.sliding_window_enabled
+    last = "ttt" if config.ttt_enabled else walks[-1][0]
+    if config.ppm_enabled:  # PPM itself knows the text alone, and has a thread of its own
+        begin, mixture = rt.clock(), ByteShares(rt, val, ByteTrie(val.tokenizer, rt.device), model)
+        predicted = ThreadPoolExecutor(1).submit(predict_split, config, mixture) if rt.main else None
+    for stage, stride in walks:
+        scores = evaluate(config, rt, mixture if config.ppm_enabled and stage == last else nll_fn, val, stride)
+        record.stage(stage, scores)
+        deviations, chosen = [], windows(config, val.targets, stride)
+        look(scores, chosen, len(rt.share(windows_to_check(len(chosen)))))
+        check_entered(record, scores, stage, deviations, tolerance)
+    record.check("weights_kept", all(rt.gather(sha256(weights_file(model)) == stored)),
+                 "the weights after plain and sliding scores against the artifact's")
+    if config.ttt_enabled:
+        deviations = []
+        scores = evaluate_ttt(config, rt, model, loss_fn, mixture if config.ppm_enabled else nll_fn, val, look)
+        record.stage("ttt", scores)
+        check_entered(record, scores, "ttt", deviations, tolerance)
+    if config.ppm_enabled:
+        shares = mixture.finish()
+        if rt.main:
+            score_mixture(record, config, mixture, shares, predicted.result(), scores, begin)
+    record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())
+    final_checks(record, config, val)
+    if not PACKED:
+        rt.log(f"the score: {final_score(record.data)['val_bpb']:.5f} bits per byte, with "
+               f"{record.data['total_bytes']:,} bytes of code and artifact")
+    record.seal()
 
 
 def run_training(config: Config, rt: Runtime):
@@ -3806,88 +3987,6 @@ def run_training(config: Config, rt: Runtime):
         score_artifact(config, rt, record, val, stored)
 
 
-def make_artifact(config: Config, rt: Runtime, record: Record, model: GPT, data: TrainData, start: float) -> bytes:
-    """Calibrate, quantize and pack; the bytes are rank 0's, others get none. `start`: when training began."""
-    times, code = [rt.clock()], pack_source(SOURCE, config)
-    hessians = collect_hessians(config, rt, model, data)
-    sensitivities = collect_sensitivities(config, rt, model, data) if config.quantizer == "trellis" else {}
-    times.append(rt.clock())
-    if config.quantizer == "trellis":
-        quantizer = TrellisQuantizer(rt, model, hessians, sensitivities)
-        artifact = fit_artifact(config, rt, quantizer, config.target_bytes - len(code))
-    else:
-        tensors = quantize_rows(config, rt, model, hessians)
-        most_bytes = config.target_bytes - len(code) if config.selective_pruning_enabled else MAX_RAW_BYTES
-        artifact = prune_to_fit(config, rt, tensors, most_bytes) if rt.main else b""
-    times.append(rt.clock())
-    calibration, quantization = np.diff(times).tolist()
-    used = times[-1] - start
-    reserve = used - record.data["train_seconds"]  # fine-tuning included
-    rt.log(f"{reserve:.1f}s of GPTQ_RESERVE_SECONDS={config.gptq_reserve_seconds:g} used")
-    record.set(calibration_seconds=calibration, quantize_seconds=quantization, artifact_seconds=used)
-    return artifact
-
-
-def weights_file(model: GPT) -> bytes:
-    """The fp32 weights, for torch.load with weights_only=True."""
-    file = io.BytesIO()
-    torch.save({name: p.detach().cpu() for name, p in model.named_parameters()}, file)
-    return file.getvalue()
-
-
-def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationData, artifact: bytes):
-    """Score an artifact's bytes in every way that is switched on, and close the record."""
-    code = pack_source(SOURCE, config)
-    rt.log(f"Code size: {len(code)} bytes\nSerialized model quantized+{config.compressor}: {len(artifact)} bytes\n"
-           f"Total submission size quantized+{config.compressor}: {len(code) + len(artifact)} bytes")
-    record.set(artifact_bytes=len(artifact), code_bytes=len(code), total_bytes=len(code) + len(artifact),
-               artifact_sha256=sha256(artifact), code_sha256=sha256(code))
-    # The same artifact must get the same score again: gradients, the embedding's above all, are otherwise sums in any
-    # order. (CUDA's attention kernels keep one of their own in the backward pass: there it holds before TTT alone.)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    if rt.compile:
-        rehearse(config, rt, model_from_artifact(config, rt, unpack_artifact(artifact)[0]), val)
-    start = rt.clock()
-    model = model_from_artifact(config, rt, unpack_artifact(artifact)[0])
-    nll_fn, loss_fn, stored = rt.compiled(model.nll), rt.compiled(model), rt.gather(sha256(weights_file(model)))[0]
-    check_scoring(record, config, model, nll_fn, val)
-    rng, tolerance = artifact_rng(record), 5e-4 if model.dtype == torch.float32 else 2e-3
-
-    def look(scores: Scores, chosen: list[tuple[int, int]], times: int) -> list[Tensor]:
-        return [deviation(config, model, scores, chosen[rng.integers(len(chosen))]) for _ in range(times)]
-
-    walks = [("quantized", config.eval_seq_len)] + [("sliding", config.eval_stride)] * config.sliding_window_enabled
-    if config.ppm_enabled:  # PPM itself knows the text alone, and has a thread of its own
-        begin, mixture = rt.clock(), ByteShares(rt, val, ByteTrie(val.tokenizer, rt.device), model)
-        predicted = ThreadPoolExecutor(1).submit(predict_split, config, mixture) if rt.main else None
-    for stage, stride in walks:
-        mixed = mixture if config.ppm_enabled and not config.ttt_enabled and stage == walks[-1][0] else nll_fn
-        scores = evaluate(config, rt, mixed, val, stride)
-        record.stage(stage, scores)
-        chosen = windows(config, val.targets, stride)
-        times = len(rt.share(windows_to_check(len(chosen))))
-        check_entered(record, scores, stage, look(scores, chosen, times), tolerance)
-    record.check("weights_kept", all(rt.gather(sha256(weights_file(model)) == stored)),
-                 "the weights after plain and sliding scores against the artifact's")
-    if config.ttt_enabled:
-        deviations = []
-        scores = evaluate_ttt(config, rt, model, loss_fn, mixture if config.ppm_enabled else nll_fn, val,
-                              lambda *seen: deviations.extend(look(*seen)))
-        record.stage("ttt", scores)
-        check_entered(record, scores, "ttt", deviations, tolerance)
-    if config.ppm_enabled:
-        shares = mixture.finish()
-        if rt.main:
-            score_mixture(record, config, mixture, shares, predicted.result(), scores, begin)
-    record.set(eval_seconds=rt.clock() - start, peak_memory_mib=rt.peak_memory_mib())
-    final_checks(record, config, val)
-    if not PACKED:
-        rt.log(f"the score: {final_score(record.data)['val_bpb']:.5f} bits per byte, with "
-               f"{record.data['total_bytes']:,} bytes of code and artifact")
-    record.seal()
-
-
 def run_evaluation(config: Config, rt: Runtime):
     """MODE=eval: score the artifact in OUT_DIR; no training data is touched."""
     artifact = read_artifact(config.out_dir)
@@ -3905,54 +4004,6 @@ def run_pack(config: Config):
     path = Path(config.out_dir) / "train_gpt.py"
     write_files({path: code})
     print(f"{path}: {len(code)} bytes, SHA-256 {sha256(code)}")
-
-
-@functools.cache
-def read_artifact(folder: str) -> bytes:
-    """Read OUT_DIR's artifact, once, for settings and weights must be of one; raise UsageError if there is none."""
-    path = Path(folder) / ARTIFACT_NAME
-    if not path.is_file():
-        raise UsageError(f"MODE=eval needs the artifact {path}: set OUT_DIR to its folder")
-    return path.read_bytes()
-
-
-def read_config(env: Mapping[str, str]) -> Config:
-    """Settings of this run: the environment's, over an artifact's own in MODE=eval."""
-    stored, env = None, {name: value.strip() for name, value in env.items()}
-    if env.get("MODE") == "eval":
-        stored = unpack_artifact(read_artifact(env.get("OUT_DIR", Config.out_dir)))[1].get("settings")
-        if not isinstance(stored, dict):
-            raise ArtifactError("the artifact does not say which settings it was made with")
-    config = Config.from_env(env, stored)
-    made = Path(config.out_dir, "train_gpt.py").resolve()
-    if config.mode in ("train", "pack") and made.is_file() and (
-            made == Path(__file__).resolve() or not made.read_bytes().startswith(PACKED_FIRST_LINE)):
-        raise UsageError(f"OUT_DIR={config.out_dir} holds a script, which the packed one would overwrite")
-    return config
-
-
-def check_code():
-    """Raise UsageError if the code that runs is not the script's, or a module came from its folder, uncounted.
-
-    Later imports from there are blocked. Python itself and installed packages may lie there: a virtual environment.
-    """
-    if __spec__ and __name__ == "__main__":  # Python would import from its folder before the first line
-        raise UsageError("`python -m` may run other code than it reads: name the file")
-    # It was read from a pipe, or has been exchanged since.
-    if compile(SOURCE, __file__, "exec") != RUNNING:
-        raise UsageError(f"{__file__} does not hold the code that runs: start it again, by the name of its file")
-    script = Path(__file__).resolve()
-
-    def beside(path: Path) -> bool:
-        return script.parent == next((p for p in (path, *path.parents) if p.name in ("site-packages", "dist-packages")
-                                      or p in (script.parent, Path(sys.base_prefix).resolve())), None)
-
-    sys.path[:] = [path for path in sys.path if not beside(Path(path).resolve())]
-    files = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
-    files = {file.resolve() for file in files if file.is_absolute()}  # PyTorch makes up relative ones
-    strangers = sorted(str(file) for file in files - {script} if beside(file))
-    if strangers:
-        raise UsageError(f"{', '.join(strangers)}: imported from the script's folder, not counted")
 
 
 def fail(message: str, code: int):

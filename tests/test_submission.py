@@ -27,6 +27,12 @@ import train_gpt
 from train_gpt import SOURCE, Record, UsageError, pack_artifact, pack_source, strip_source, unpack_artifact
 
 
+def run_script(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
+    """Run Python in a folder, with these variables and no others; its end and text output."""
+    return subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True,
+                          env={"PATH": "", **env})
+
+
 def load_packed(folder, code: bytes | None = None):
     """Import the packed script, or its readable code, from a folder under a name of its own."""
     (folder / "packed_train_gpt.py").write_bytes(code or pack_source(SOURCE, train_gpt.Config()))
@@ -321,12 +327,10 @@ def test_packed_script_reports_bad_input_as_the_readable_one(tmp_path):
     for env, values in (({"SEED": "x", "TTT_EPOCH": "1"}, {"SEED", "'x'"}), ({"NUM_HEADS": "7"}, {"NUM_HEADS=7"})):
         with pytest.raises(UsageError) as readable:
             train_gpt.read_config(env)
-        done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                              env={**env, "PATH": ""})
+        done = run_script(tmp_path, "train_gpt.py", **env)
         assert done.returncode == 2 and done.stderr.startswith("train_gpt.py: ")
         assert all(value in done.stderr and value in str(readable.value) for value in values)
-    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": os.environ["PATH"], "DATA_DIR": "nowhere"})
+    done = run_script(tmp_path, "train_gpt.py", PATH=os.environ["PATH"], DATA_DIR="nowhere")
     line, value = re.match(r"train_gpt.py: \((\d+), PosixPath\('nowhere/tokenizers/", done.stderr)[1], "no tokenizer at"
     assert done.returncode == 2 and value in SOURCE.decode().splitlines()[int(line) - 1]
 
@@ -336,8 +340,7 @@ def test_the_packed_script_packs_itself_and_refuses_what_it_is_not_packed_for(tm
     (tmp_path / "train_gpt.py").write_bytes(code)
     for env in ({"MODE": "collect"}, {"PRESET": "smoke"}, {"QUANTIZER": "sdclip"}, {"ATTENTION": "plain"},
                 {"MODE": "pack", "OUT_DIR": "made"}):
-        done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                              env={"PATH": "", **env})
+        done = run_script(tmp_path, "train_gpt.py", **env)
         (name, value), = list(env.items())[:1]
         if value == "pack":
             assert done.returncode == 0 and f"{len(code)} bytes" in done.stdout, done.stderr
@@ -365,16 +368,14 @@ def test_code_beside_the_script_is_not_run(tmp_path, packed, name):
     (tmp_path / name).write_text(UNCOUNTED[name])
     (tmp_path / "token.txt").write_text("secret")
     (tmp_path / "platform").mkdir()
-    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "", "MODE": "pack"})
+    done = run_script(tmp_path, "train_gpt.py", MODE="pack")
     assert done.returncode == 0 and "uncounted" not in done.stdout, done.stderr
 
 
 def test_no_later_import_finds_code_beside_the_script(tmp_path):
     (tmp_path / "train_gpt.py").write_bytes(SOURCE)
     (tmp_path / "flash_attn_interface.py").write_text("print('uncounted')")
-    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "", "ATTENTION": "fa3", "PRESET": "smoke"})
+    done = run_script(tmp_path, "train_gpt.py", ATTENTION="fa3", PRESET="smoke")
     assert done.returncode == 2 and "ATTENTION=fa3 needs a Hopper GPU" in done.stderr, done.stderr
     assert "uncounted" not in done.stdout
 
@@ -387,8 +388,7 @@ def test_nothing_is_imported_before_the_scripts_folder_is_left_out(tmp_path, nam
         "os", "sys"} and not any(isinstance(node, ast.ImportFrom) for node in first)
     (tmp_path / f"{name}.py").write_text("print('uncounted')")
     (tmp_path / "train_gpt.py").write_bytes(SOURCE)
-    done = subprocess.run([sys.executable, "train_gpt.py"], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "", "MODE": "pack"})
+    done = run_script(tmp_path, "train_gpt.py", MODE="pack")
     assert done.returncode == 0 and "uncounted" not in done.stdout, done.stderr
 
 
@@ -427,8 +427,7 @@ def test_code_anywhere_below_the_script_is_refused(place, name, tmp_path):
     module.write_text(Path(difflib.__file__).read_text())
     code = "import train_gpt; train_gpt.check_code(); import later"
     command = ["-c", code] if name == "later.py" else ["train_gpt.py"]
-    done = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PATH": "", "MODE": "help", "PYTHONPATH": str(tmp_path / place)})
+    done = run_script(tmp_path, *command, MODE="help", PYTHONPATH=str(tmp_path / place))
     said = "No module named 'later'" if name == "later.py" else f"{module}: imported from the script's folder"
     assert (done.returncode != 0 and said in done.stderr) if place != VENV else done.returncode == 0, done.stderr
 
@@ -937,7 +936,7 @@ def test_nothing_but_the_seed_may_differ(record):
         pair = copy.deepcopy(records)
         pair[1]["settings"][field.name] = "another"
         may = field.name in ("seed", "run_id")
-        with contextlib.nullcontext() if may else pytest.raises(UsageError, match="settings differs"):
+        with contextlib.nullcontext() if may else pytest.raises(UsageError, match="differ in settings"):
             train_gpt.check_one_system(pair)
 
 
@@ -973,7 +972,7 @@ def test_the_table_names_the_settings_that_differ(record):
     other = train_gpt.what_differs([{**record.data, "source_sha256": "0"}, lower])
     assert other == ["MATRIX_LR=default TTT_ENABLED=default", "MATRIX_LR=0.02 TTT_ENABLED=0"], "another script's"
     assert "settings that differ" not in train_gpt.results_table([record.data, {**record.data, "seed": 1}])
-    with pytest.raises(UsageError, match=r"settings differs \(MATRIX_LR=0.02 TTT_ENABLED=0 and MATRIX_LR=0.03 "):
+    with pytest.raises(UsageError, match=r"differ in settings \(MATRIX_LR=0.02 TTT_ENABLED=0 and MATRIX_LR=0.03 "):
         train_gpt.check_one_system([{**r, "mode": "train", "compliant": True} for r in (record.data, lower)])
 
 
