@@ -362,10 +362,12 @@ PRESETS = {
 # What a submission's own variables are called here, where the same names mean something else.
 ALIASES = {"pr1517": {f"TTT_{name}": f"PREQUANT_TTT_{name}" for name in ("ENABLED", "EPOCHS", "LR", "FREEZE_BLOCKS")}}
 
-# Prefixes that nobody but this script uses: an unknown variable that starts with one is a mistake, not a stranger.
+# Prefixes that nobody but the contest's scripts uses: an unknown variable that starts with one is no stranger, but a
+# mistake or a piece of a submission that is not here.
 KNOWN_PREFIXES = ("TTT_", "MUON_", "GPTQ_", "ROPE_", "LOOP_", "XSA_", "EMA_", "SWA_", "MATRIX_", "EMBED_", "VE_",
                   "TIED_EMBED_", "WARMDOWN_", "EVAL_", "PARALLEL_RESIDUAL", "PREQUANT_", "RECUR_", "PPM_", "QK_",
-                  "SKIP_GATES", "SMEAR_", "LATE_QAT")
+                  "SKIP_GATES", "SMEAR_", "LATE_QAT", "PARALLEL_START_", "PARALLEL_FINAL_", "HASH_EMBED_", "LQER_",
+                  "SPARSE_ATTN_", "GATED_ATTN_", "PHASED_TTT_", "CASEOPS_", "BIGRAM_", "MLP_CLIP_", "ATTN_CLIP_")
 
 
 def numbers(text: str) -> list[int]:
@@ -381,11 +383,14 @@ def misspelt(env: Mapping[str, str], known: list[str]) -> list[str]:
             continue
         close = difflib.get_close_matches(name.upper(), known, n=1, cutoff=0.87 if len(name) > 5 else 0.75)
         close = close or [other for other in known if "_" in name and other.startswith(f"{name}_")]
-        if not close and name.startswith(KNOWN_PREFIXES):
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-        if close:
-            problems.append(f"{name} is no setting; did you mean {close[0]}? (MODE=help lists all; unset it if it is "
-                            "meant for another program)")
+        prefix = next(filter(name.startswith, KNOWN_PREFIXES), None)
+        if not close and prefix:
+            alike = [other for other in known if other.startswith(prefix)]
+            close = difflib.get_close_matches(name, alike, n=1, cutoff=0.0)
+        if close or prefix:
+            meant = f"; did you mean {close[0]}?" if close else ""
+            problems.append(f"{name} is no setting here{meant} (MODE=help lists all; unset it if it is meant for "
+                            "another program)")
     return problems
 
 
@@ -3672,7 +3677,7 @@ def write_submission_folder(config: Config, records: list[dict], submission: Map
     code = next((c for c in codes if sha256(c) == submission["code_sha256"]), None)
     if code is None:
         raise UsageError(f"the records were made by other code: neither this script nor {made} packs to SHA-256 "
-                         f"{submission['code_sha256']}")
+                         f"{submission['code_sha256']}; OUT_DIR is to name the runs' folder")
     title = config.submission_name.replace("<", "&lt;")  # no table of its own
     readme = folder / "README.md"
     written = (readme.read_bytes() if readme.is_file() else
@@ -3738,9 +3743,9 @@ def collect(config: Config):
         raise UsageError("the table is all: no submission is made beside a run that did not end")
     check_one_system(records)
     submission = make_submission(config, records)
-    draw_runs(config, records)
     if config.submission_name:
         print(f"{write_submission_folder(config, records, submission)}: {submission_state(submission)}")
+    draw_runs(config, records)
     files = {Path("submission.json"): (json.dumps(submission, indent=2) + "\n").encode()}
     if readme.is_file() and RESULTS_PLACE.search(text := readme.read_bytes()):
         files[readme] = with_results(text, f"{table}\n")
@@ -3841,6 +3846,10 @@ def open_record(config: Config, rt: Runtime, val: ValidationData) -> Record:
     if ALIASES:
         for name, meant in ALIASES.get(config.preset, {}).items():
             rt.log(f"{name} means {meant} in {config.preset}")
+    if not PACKED:  # the switch of a piece that this script lacks, perhaps, or another program's
+        unread = sorted(name for name in os.environ if name.endswith("_ENABLED") and not hasattr(Config, name.lower()))
+        if unread:
+            rt.log(f"no settings here, so not read: {', '.join(unread)}")
     return record
 
 

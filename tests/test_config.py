@@ -47,7 +47,7 @@ def test_published_commands_are_taken_as_they_stand(preset):
 
 def test_what_a_name_means_is_the_presets_business():
     assert Config.from_env({"TTT_EPOCHS": "7"}).ttt_epochs == 7
-    assert "TTT_FREEZE_BLOCKS is no setting" in error_of(TTT_FREEZE_BLOCKS=1)
+    assert "TTT_FREEZE_BLOCKS is no setting here; did you mean TTT_" in error_of(TTT_FREEZE_BLOCKS=1)
     assert "TTT_LR means PREQUANT_TTT_LR with PRESET=pr1517: set one of them" in error_of(
         PRESET="pr1517", TTT_LR=0.1, PREQUANT_TTT_LR=0.1)
 
@@ -135,14 +135,21 @@ def test_every_setting_has_a_meaning_and_numbers_have_a_range():
 @pytest.mark.parametrize("wrong, meant", [
     ("TTT_EPOCH", "TTT_EPOCHS"), ("MUON_MOMENTM", "MUON_MOMENTUM"), ("SEEED", "SEED"),
     ("MATRIX_LEARNING_RATE", "MATRIX_LR"), ("TRAIN_BATCH_TOKEN", "TRAIN_BATCH_TOKENS"),
-    ("ITERATION", "ITERATIONS"), ("QK_GAIN", "QK_GAIN_INIT"), ("MAX_WALLCLOCK", "MAX_WALLCLOCK_SECONDS")])
+    ("ITERATION", "ITERATIONS"), ("QK_GAIN", "QK_GAIN_INIT"), ("MAX_WALLCLOCK", "MAX_WALLCLOCK_SECONDS"),
+    ("SWA_ENABLED", "SWA_EVERY"), ("EMA_ENABLED", "EMA_DECAY")])
 def test_misspelt_name_is_reported_with_the_likely_one(wrong, meant):
-    assert f"{wrong} is no setting; did you mean {meant}?" in error_of(**{wrong: 1})
+    assert f"{wrong} is no setting here; did you mean {meant}?" in error_of(**{wrong: 1})
+
+
+@pytest.mark.parametrize("name", ["HASH_EMBED_ENABLED", "LQER_ENABLED", "PARALLEL_START_LAYER", "MLP_CLIP_SIGMAS"])
+def test_pieces_of_other_submissions_are_no_settings_here(name):
+    """Taken for a stranger's, such a variable would make a run that is not what its command says."""
+    assert f"{name} is no setting here (MODE=help" in error_of(**{name: 1})
 
 
 @pytest.mark.parametrize("name", ["iterations", "Matrix_LR", "seed"])
 def test_small_letters_are_a_mistake(name):
-    with pytest.raises(UsageError, match=f"{name} is no setting; did you mean {name.upper()}?"):
+    with pytest.raises(UsageError, match=f"{name} is no setting here; did you mean {name.upper()}?"):
         Config.from_env({name: "1"})
 
 

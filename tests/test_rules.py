@@ -1897,9 +1897,14 @@ def test_later_seeds_pack_the_same_code(corpus, tmp_path, rt):
     assert len(packed) == records[1]["code_bytes"] and train_gpt.pack_source(packed, train_gpt.Config()) == packed
 
 
-def test_settings_in_the_record_are_the_settings_in_force(corpus, tmp_path, rt):
-    """submission.json, README and logs disagreed on epochs and learning rates (#1517, #1858)."""
+def test_settings_in_the_record_are_the_settings_in_force(corpus, tmp_path, rt, monkeypatch):
+    """submission.json, README and logs disagreed on epochs and learning rates (#1517, #1858).
+
+    A variable like the switch of a piece that the script lacks is named as one that is not read.
+    """
     used = []
+    monkeypatch.setenv("HEAD_GATES_ENABLED", "1")
+    monkeypatch.setenv("TTT_ENABLED", "1")
 
     def watched(holder, name):
         honest = getattr(holder, name)
@@ -1919,6 +1924,7 @@ def test_settings_in_the_record_are_the_settings_in_force(corpus, tmp_path, rt):
     assert dataclasses.replace(again, **{name: getattr(config, name) for name in machine}) == config
     log = (tmp_path / "logs" / "run.txt").read_text()
     assert f"settings: {train_gpt.assignments(record['settings'])}" in log
+    assert "\nno settings here, so not read: HEAD_GATES_ENABLED\n" in log
     for key in ("source_sha256", "train_sha256", "val_sha256", "tokenizer_sha256", "artifact_sha256", "code_sha256"):
         assert f"{key}: {record[key]}" in log
     assert record["source_sha256"] == train_gpt.sha256(SOURCE)
@@ -2142,7 +2148,7 @@ def test_nothing_but_what_is_named_is_read():
 def test_the_packed_script_parses_on_python_310():
     """#1541 did not: nested quotes in an f-string."""
     packed = train_gpt.pack_source(SOURCE, train_gpt.Config())
-    assert len(packed) <= 20_000
+    assert len(packed) <= 20_000, "the project's own bound for its default script: an idea of yours may raise it"
     ast.parse(packed, feature_version=(3, 10))
     ast.parse(train_gpt.strip_source(SOURCE.decode()), feature_version=(3, 10))
     later = {"UTC", "StrEnum", "batched", "file_digest", "Self", "override", "tomllib", "chdir", "TaskGroup",

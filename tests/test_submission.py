@@ -1057,6 +1057,7 @@ def test_a_record_is_never_overwritten_by_the_submission(record, tmp_path, monke
 def test_what_is_refused_changes_no_file(record, tmp_path, monkeypatch):
     collected(tmp_path, monkeypatch, contest_records(record))
     before = (tmp_path / "submission.json").read_bytes()
+    monkeypatch.setattr(train_gpt, "draw_runs", lambda *_: pytest.fail("the picture is changed"))
     with pytest.raises(UsageError, match="made by other code"):
         collected(tmp_path, monkeypatch, contest_records(record, code_sha256="0"), submission_name="x")
     assert (tmp_path / "submission.json").read_bytes() == before
