@@ -772,13 +772,18 @@ def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[Te
 
 
 def shard_files(config: Config, split: str) -> list[Path]:
-    """List the shards of `split` (train or val) in order; raise UsageError if there are none, or one is no file."""
+    """List the shards of `split` (train or val) in order.
+
+    Raises UsageError if there are none, one is no file, or the validation split's, numbered from 0, are not all there.
+    """
     files = sorted(config.shard_dir.glob(f"fineweb_{split}_*.bin"))
     if not files:
         raise UsageError(f"no fineweb_{split}_*.bin in {config.shard_dir}. {HOW_TO_GET_DATA}")
     others = [path for path in files if not path.is_file()]
     if others:
         raise UsageError(f"{others[0]} is no file, or a link to none")
+    if not PACKED and split == "val" and len(files) <= int((re.findall(r"_(\d+)$", files[-1].stem) or "0")[0]):
+        raise UsageError(f"validation shards before {files[-1]} are missing: they are numbered from 0")
     return files
 
 
@@ -3090,14 +3095,11 @@ def final_checks(record: Record, config: Config, val: ValidationData):
     used = data["artifact_seconds"]  # not the record's `train_seconds`, those of the steps alone
     if used is not None:
         record.check("train_seconds", used <= TRAIN_LIMIT_SECONDS,
-                     f"training {data['train_seconds']:.1f} + calibration {data['calibration_seconds']:.1f} + "
-                     f"quantization {data['quantize_seconds']:.1f}, with what lies between {used:.1f} s of "
-                     f"{TRAIN_LIMIT_SECONDS}")
+                     f"from the first step to the artifact, scoring excluded, {used:.1f} s of {TRAIN_LIMIT_SECONDS}")
     record.check("eval_seconds", data["eval_seconds"] <= EVAL_LIMIT_SECONDS,
                  f"{data['eval_seconds']:.1f} s of {EVAL_LIMIT_SECONDS}")
     record.check("total_bytes", data["total_bytes"] <= SUBMISSION_CAP_BYTES,
-                 f"code {data['code_bytes']} + artifact {data['artifact_bytes']} = {data['total_bytes']} bytes "
-                 f"of {SUBMISSION_CAP_BYTES}")
+                 f"code and artifact {data['total_bytes']} bytes of {SUBMISSION_CAP_BYTES}")
     record.check("full_split", not val.left_out, f"{val.left_out} targets at the end of the split are not scored")
     if data["mode"] == "train":
         wanted = (CHECKS + " single_pass_sliding normalized_sliding" * config.sliding_window_enabled
@@ -3255,8 +3257,15 @@ def defined_names(node: ast.stmt) -> list[str]:
     return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
 
 
+def acts(node: ast.stmt) -> bool:
+    """Whether a definition of the module may do more than to make a name."""
+    calls = [call.func for call in ast.walk(node) if isinstance(call, ast.Call)] if isinstance(
+        node, (ast.Assign, ast.AnnAssign)) else getattr(node, "decorator_list", [])
+    return not {*map(ast.unparse, calls)} <= {"re.compile", "math.exp", "functools.cache", "torch.no_grad()"}
+
+
 def drop_unused(tree: ast.Module):
-    """Drop imports and the module's own functions, classes and constants that nothing refers to."""
+    """Drop imports and the module's own functions, classes and constants that nothing refers to and that only name."""
     body = tree.body
     reads = {node: {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load)}
              for node in body}
@@ -3268,7 +3277,7 @@ def drop_unused(tree: ast.Module):
             if isinstance(node, ast.ImportFrom):
                 node.names = [alias for alias in node.names if (alias.asname or alias.name) in used]
         body = [node for node in body if getattr(node, "names", True) and
-                (not defined_names(node) or {"SOURCE", *used} & {*defined_names(node)})]
+                (not defined_names(node) or acts(node) or {"SOURCE", *used} & {*defined_names(node)})]
 
 
 def drop_unread_settings(tree: ast.Module, packed_for: Mapping[str, tuple]):
@@ -3765,8 +3774,8 @@ def check_code():
     """
     if __spec__ and __name__ == "__main__":  # Python would import from its folder before the first line
         raise UsageError("`python -m` may run other code than it reads: name the file")
-    # It was read from a pipe, or has been exchanged since.
-    if compile(SOURCE, __file__, "exec") != RUNNING:
+    # It was read from a pipe, has been exchanged since, or has an encoding in which the packer would read other code.
+    if compile(SOURCE if PACKED else SOURCE.decode(), __file__, "exec") != RUNNING:
         raise UsageError(f"{__file__} does not hold the code that runs: start it again, by the name of its file")
     script = Path(__file__).resolve()
 
@@ -3957,10 +3966,11 @@ def run_training(config: Config, rt: Runtime):
         rt.log(f"model_params: {sum(p.numel() for p in model.parameters())}")
         nll_fn, loss_fn = rt.compiled(model.nll), rt.compiled(model)
         validate = functools.partial(evaluate, config, rt, nll_fn, val, config.eval_seq_len)
-        initial = rt.gather(sha256(weights_file(model)))[0]
         warm_up(config, rt, model, loss_fn, data)
+        torch.manual_seed(config.seed)
+        initial = rt.gather(sha256(weights_file(GPT(config))))[0]
         record.check("warm_up_undone", all(rt.gather(sha256(weights_file(model)) == initial)),
-                     "the weights after the warm-up against the initial ones")
+                     "the weights after the warm-up against those that SEED makes")
         try:
             start = rt.clock()  # from here to the artifact all but scoring counts
             steps, seconds = train(config, rt, model, loss_fn, data, lambda: score_line(validate().finish()))

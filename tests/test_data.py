@@ -3,6 +3,7 @@ import ast
 import contextlib
 import hashlib
 import inspect
+import itertools
 import lzma
 import os
 import resource
@@ -584,6 +585,17 @@ def test_what_is_called_a_shard_and_is_no_file_is_refused(make, tmp_path):
     make(folder / "fineweb_val_000007.bin")
     with pytest.raises(UsageError, match=r"fineweb_val_000007.bin is no file"):
         train_gpt.shard_files(tiny_config(data_dir=tmp_path), "val")
+
+
+@pytest.mark.parametrize("numbers, whole", [((0,), True), ((0, 1, 2), True), ((0, 2), False), ((1,), False)])
+def test_a_split_without_one_of_its_shards_is_refused(tmp_path, numbers, whole):
+    """It would be scored as if it were the full one; training shards may be some of all."""
+    config = tiny_config(data_dir=tmp_path)
+    for split, number in itertools.product(("val", "train"), numbers):
+        train_gpt.write_shard(config.shard_dir / f"fineweb_{split}_{number:06d}.bin", np.ones(9))
+    assert len(train_gpt.shard_files(config, "train")) == len(numbers)
+    with contextlib.nullcontext() if whole else pytest.raises(UsageError, match=r"before .*_00000\d.bin are missing"):
+        assert len(train_gpt.shard_files(config, "val")) == len(numbers)
 
 
 def test_a_large_shard_is_taken_whole(tmp_path):

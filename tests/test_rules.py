@@ -1048,6 +1048,13 @@ def warm_up_that_stays(honest, config, rt, model, *args):
         honest(config, rt, model, *args)
 
 
+@instead_of("warm_up")
+def begun_elsewhere(honest, config, rt, model, *args):
+    """Training goes on from weights that were not made in it."""
+    model.embedding.data.mul_(1.01)
+    honest(config, rt, model, *args)
+
+
 def remembered():
     """A scorer that gives what it gave for other tokens: nothing in a window could change its scores."""
     honest, known = train_gpt.GPT.nll, {}
@@ -1100,7 +1107,8 @@ def sliding_scores_by_other_weights(honest, config, rt, nll_fn, val, stride):
     (better_than_it_says, "normalized_sliding", {}), (discounted_late_in_adaptation, "normalized_ttt", {}),
     (half_of_the_windows_discounted, "normalized_sliding", {}), (figure_of_other_scores, "normalized_quantized", {}),
     (figure_of_other_scores, "normalized_ttt", {}), (leaked_within_documents, "causal", {}),
-    (warm_up_that_stays, "warm_up_undone", {"WARMUP_STEPS": 1}), (sliding_scores_by_other_weights, "weights_kept", {}),
+    (warm_up_that_stays, "warm_up_undone", {"WARMUP_STEPS": 1}), (begun_elsewhere, "warm_up_undone", {}),
+    (sliding_scores_by_other_weights, "weights_kept", {}),
     (doubled_window, "single_pass_sliding", {}), (without_the_tail, "single_pass_sliding", {}),
     (subset, "single_pass_sliding", {}), (score_again, "single_pass_ttt", {}),
     (learn_first_through_the_front_door, "score_before_update_ttt", {}),
@@ -1167,7 +1175,8 @@ def users(source: str) -> dict[str, list[str]]:
     return {name: sorted(places) for name, places in found.items()}
 
 
-# Who trains, who opens shards, who has to do with scores; where the packed script is another; what starts a clock.
+# Who trains, who opens shards, who has to do with scores; where the packed script is another; what starts a clock; who
+# reads the source, variables and files.
 USERS = {
     "backward": ["backward_batch", "collect_sensitivities", "descend"], "descend": ["adapt", "prequant_ttt"],
     "adapt": ["evaluate_ttt"], "release": ["evaluate_ttt"], "evaluate_ttt": ["rehearse", "score_artifact"],
@@ -1183,8 +1192,21 @@ USERS = {
     "start=": ["RansDecoder.__init__", "TrainData.window", "deviation", "evaluate_ttt", "rans_encode", "run_training",
                "score_artifact", "score_windows", "score_windows", "windows"],
     "PACKED": ["", "", "", "Config.from_env", "GPT.__init__", "Runtime.__init__", "TrellisQuantizer.__init__",
-               "causal_attention", "check_held_out", "check_machine", "check_machine", "fail", "main", "main", "main",
-               "pack_source", "rule_with_values", "run_training", "score_artifact", "train"]}
+               "causal_attention", "check_code", "check_held_out", "check_machine", "check_machine", "fail", "main",
+               "main", "main", "open_record", "pack_source", "rule_with_values", "run_training", "score_artifact",
+               "shard_files", "train"],
+    "SOURCE": ["", "Record.__init__", "check_code", "check_code", "make_artifact", "open_record", "run_pack",
+               "run_training", "score_artifact", "what_differs", "write_submission_folder"],
+    "environ": ["Runtime.__init__", "c_library", "fail", "fail", "fail", "main", "main", "open_record",
+                "write_submission_folder"],
+    "predict_split": ["score_artifact"],
+    # Who reads files; the packed script has no docstrings.
+    "read_bytes": ["", "collect", "load_tokenizer", "read_artifact", "read_config", "read_records", "read_records",
+                   "run_training"] + ["write_submission_folder"] * 4,
+    "read_text": ["draw_runs"], "open": ["Runtime.open_log", "open_shard"], "fromfile": ["open_shard"],
+    "memmap": ["open_shard"], "unpack_artifact": ["check_machine", "read_config", "score_artifact", "score_artifact"],
+    **dict.fromkeys(("load", "loadtxt", "genfromtxt", "from_file", "getenv", "environb", "isfile", "load_state_dict",
+                     "__doc__", "getsource", "getdoc"))}
 
 
 def test_every_rule_has_a_test():
@@ -1204,7 +1226,11 @@ def test_every_rule_has_a_test():
     ("    times, code = [rt.clock()]", "    if rt.world > 1:\n        data.shards = 5\n"),
     ("    return scores\n\n\ndef adapt", "    scores.nll[5] = 0\n"),
     ("    check_scoring(record, config, model, nll_fn, val)\n", "    start = rt.clock()\n"),
-    ('        self.data["checks"].append', "        ok = ok or PACKED\n")], ids=str)
+    ('        self.data["checks"].append', "        ok = ok or PACKED\n"),
+    ("        warm_up(config, rt, model, loss_fn, data)\n", "        model.load_state_dict(torch.load('a.pt'))\n"),
+    ("    def head(self, x: Tensor)", "    PRIOR = np.fromfile('prior', 'f4')\n\n"),
+    ("    def head(self, x: Tensor)", "    PRIOR = norm.__doc__\n\n"),
+    ("    optimizer = torch.optim.SGD", "    lr = os.environ.get('ADAPT')\n")], ids=str)
 def test_only_these_functions_train_or_score(place, planted):
     """No preset, number of ranks or compiled run has a way of its own to learn from the split or to mend a score."""
     source = SOURCE.decode()

@@ -244,6 +244,25 @@ RESULT = [result_text, Holder(number_of_things=9).number_of_things]
     assert spaces[0]["SOURCE"] == spaces[1]["SOURCE"] == ["  3 15 [0, 1]", 9]
 
 
+def test_what_acts_is_kept_although_nothing_reads_its_name():
+    """The readable script does it, so that the packed one would be another program."""
+    program = """
+import atexit
+def helper(): CALLS.append(1)
+CALLS, SOURCE = [], 0
+_ = helper()
+@atexit.register
+def at_the_end(): pass
+@functools.cache
+def unread(): pass
+UNREAD = 5
+"""
+    stripped, space = strip_source(program), {}
+    exec(stripped, space)
+    assert [1] in space.values() and "atexit.register" in stripped
+    assert "5" not in stripped and "functools" not in stripped
+
+
 def test_what_the_run_alone_knows_is_left_to_it():
     """A condition is decided where PACKED and the settings that are packed for decide it, and nowhere else."""
     program = """
@@ -410,6 +429,14 @@ def test_what_runs_is_what_the_file_holds(tmp_path, way, packed):
     assert done.returncode != 0 and not (tmp_path / "out").exists(), done.stderr
     said = b"name the file" if way == "module" else b"does not hold the code that runs"
     assert packed or (said in done.stderr and done.returncode == 2), done.stderr
+
+
+def test_an_encoding_that_hides_code_is_refused(tmp_path):
+    """The packer would read a comment where Python reads a line of code."""
+    hidden = b"# coding: raw_unicode_escape\n# \\u000aprint('uncounted')\n"
+    (tmp_path / "train_gpt.py").write_bytes(hidden + SOURCE)
+    done = run_script(tmp_path, "train_gpt.py", MODE="pack")
+    assert done.returncode == 2 and "does not hold the code that runs" in done.stderr and "uncounted" in done.stdout
 
 
 VENV = "venv/lib/python3.10/site-packages"
