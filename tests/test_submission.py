@@ -1227,6 +1227,19 @@ def test_files_of_one_name_are_refused(record, tmp_path, monkeypatch):
         train_gpt.collect(tiny_config(records="train_gpt.py", submission_name="x"))
 
 
+def test_this_repositorys_results_are_those_of_its_record(tmp_path, monkeypatch):
+    """README and submission.json, to the byte: made again from the record, they do not change."""
+    names = ("README.md", "submission.json", "logs/cpu_200steps_seed42.json", "logs/cpu_200steps_seed42.txt")
+    (tmp_path / "logs").mkdir()
+    for name in names:
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    train_gpt.collect(tiny_config(records=names[2], log_dir=tmp_path / "drawn"))
+    assert "| cpu_200steps_seed42 |" in (tmp_path / "README.md").read_text()
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes(), name
+
+
 def test_runs_are_drawn_where_matplotlib_is(record, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "logs").mkdir()
