@@ -1048,11 +1048,11 @@ def warm_up_that_stays(honest, config, rt, model, *args):
         honest(config, rt, model, *args)
 
 
-@instead_of("warm_up")
-def begun_elsewhere(honest, config, rt, model, *args):
+@instead_of("to_compute", train_gpt.GPT)
+def begun_elsewhere(honest, self, rt):
     """Training goes on from weights that were not made in it."""
-    model.embedding.data.mul_(1.01)
-    honest(config, rt, model, *args)
+    self.embedding.data.mul_(1.01)
+    return honest(self, rt)
 
 
 def remembered():
