@@ -2766,8 +2766,8 @@ def mix_bytes(length: np.ndarray, share: np.ndarray, rest: np.ndarray, ppm: np.n
     """Nats of tokens of `length` bytes [n], from the model's shares [bytes] and rests [n] and PPM's predictions.
 
     A negative share: the model is sure; a negative prediction: PPM is confident. The weights depend on what is before
-    a byte alone. With `spread` it is the published figure, which is no
-    distribution: all bytes of a token get the same exp(-nll / bytes), mixed unless it is above SURE.
+    a byte alone. With `spread` it is the published figure, which is no distribution: all bytes of a token get the same
+    exp(-nll / bytes), mixed unless it is above SURE.
     """
     token = np.repeat(np.arange(len(length)), length)
     p, rest = np.abs(share).astype(np.float64), rest.astype(np.float64)
@@ -2845,6 +2845,13 @@ def score_line(result: Mapping[str, float]) -> str:
     return f"val_loss:{loss:.8f} val_bpb:{bpb:.8f} eval_time:{seconds * 1000:.0f}ms"
 
 
+def check_line(check: Mapping[str, object]) -> str:
+    """The outcome of a check in the log."""
+    name, ok, detail = (check[key] for key in ("name", "ok", "detail"))
+    outcome = "ok" if ok else "FAILED"
+    return f"check {name}: {outcome} ({detail})"
+
+
 class Record:
     """What a run reports: logs/<RUN_ID>.json, rewritten whole after every stage, so that no figure is ever lost.
 
@@ -2896,9 +2903,9 @@ class Record:
 
     def check(self, name: str, ok: bool, detail: str):
         """Enter the outcome of a check; a failed one is loud in the log, and stops nothing."""
-        self.data["checks"].append({"name": name, "ok": bool(ok), "detail": str(detail)})  # packed, a tuple of values
-        outcome = "ok" if ok else "FAILED"
-        self.rt.log(f"check {name}: {outcome} ({detail})")
+        check = {"name": name, "ok": bool(ok), "detail": str(detail)}  # packed, a tuple of values
+        self.data["checks"].append(check)
+        self.rt.log(check_line(check))
 
     def stage(self, name: str, scores: Scores):
         """Log and enter a finished evaluation, and check that it scored every target once."""
@@ -3539,7 +3546,7 @@ def told(log: str, record: Mapping[str, object]) -> tuple[set[str], set[str]]:
               *(f"{label} val_loss:" for label in labels.values()))
     return ({line for line in log.splitlines() if line.startswith(begins)}, {
         *record_lines(record),
-        *(f"check {c['name']}: {'ok' if c['ok'] else 'FAILED'} ({c['detail']})" for c in record["checks"]),
+        *map(check_line, record["checks"]),
         *(f"{label} {score_line(record[stage])}" for stage, label in labels.items() if record[stage])})
 
 
