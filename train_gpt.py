@@ -774,16 +774,16 @@ def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[Te
 def shard_files(config: Config, split: str) -> list[Path]:
     """List the shards of `split` (train or val) in order.
 
-    Raises UsageError if there are none, one is no file, or the validation split's, numbered from 0, are not all there.
+    Raises UsageError if there are none, one is no file, or the validation split's are not all there, from 000000 on.
     """
     files = sorted(config.shard_dir.glob(f"fineweb_{split}_*.bin"))
     if not files:
         raise UsageError(f"no fineweb_{split}_*.bin in {config.shard_dir}. {HOW_TO_GET_DATA}")
-    others = [path for path in files if not path.is_file()]
-    if others:
-        raise UsageError(f"{others[0]} is no file, or a link to none")
-    if not PACKED and split == "val" and len(files) <= int((re.findall(r"_(\d+)$", files[-1].stem) or "0")[0]):
-        raise UsageError(f"validation shards before {files[-1]} are missing: they are numbered from 0")
+    if split == "val":  # by their numbers, for what lies there may have a hole
+        files = [config.shard_dir / f"fineweb_val_{number:06}.bin" for number in range(len(files))]
+    for path in files:
+        if not path.is_file():
+            raise UsageError(f"{path} is missing, no file, or a link to none")
     return files
 
 
