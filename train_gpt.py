@@ -24,7 +24,7 @@ The file is read from top to bottom, as the data goes through it; each room uses
 import os  # these two are loaded before any script
 import sys
 
-PACKED = False  # True in the packed script, which does without what stands under it
+PACKED = False  # True in the packed script, which does without what stands under `not PACKED`
 if not PACKED and __name__ == "__main__" and sys.path[0] == os.path.dirname(os.path.realpath(__file__)):
     del sys.path[0]  # what lies beside the script is not counted, and so not imported
 
@@ -162,7 +162,7 @@ class Config:
     gptq_reserve_seconds: float = _optim(40.0, "seconds of MAX_WALLCLOCK_SECONDS for all that follows the steps", 0,
                                          10**6)
     warmup_steps: int = _optim(20, "steps that compile each state of the model, then are undone", 0, 1000)
-    train_log_every: int = _optim(500, "steps between two log lines (at most 30 s pass)", 1, 10**9)
+    train_log_every: int = _optim(500, "steps between two log lines (one comes, too, once 30 s have passed)", 1, 10**9)
     val_loss_every: int = _optim(4000, "steps between two validation losses; 0: only at the end", 0, 10**9)
     enable_looping_at: float = _optim(0.35, "fraction of the budget after which the loops run", 0, 1)
     recur_start_step: int = _optim(0, "step at which the loops start; 0: ENABLE_LOOPING_AT decides", 0, 10**9)
@@ -610,7 +610,7 @@ class Runtime:
         return torch.compile(function, dynamic=False, fullgraph=True) if self.compile else function
 
     def peak_memory_mib(self) -> int:
-        """Most memory this rank has used: on the GPU, else of the process."""
+        """Most memory this rank has used: on the GPU, else of the process (in Linux's unit, KiB)."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() >> 20
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
@@ -774,7 +774,7 @@ def build_byte_luts(sp: spm.SentencePieceProcessor, vocab_size: int) -> tuple[Te
 def shard_files(config: Config, split: str) -> list[Path]:
     """List the shards of `split` (train or val) in order.
 
-    Raises UsageError if there are none, one is no file, or the validation split's are not all there, from 000000 on.
+    Raises UsageError if there are none, one is no file, or the validation split's numbers, from 000000 on, have a gap.
     """
     files = sorted(config.shard_dir.glob(f"fineweb_{split}_*.bin"))
     if not files:
@@ -1184,10 +1184,7 @@ class GPT(nn.Module):
         self.up_bank = nn.Parameter(torch.zeros(layers, hidden, dim))
         self.down_bank = nn.Parameter(torch.zeros(layers, dim, hidden))
         for matrix in (*self.qo_bank[:layers], *self.kv_bank, *self.up_bank):  # outputs of sublayers start at zero
-            if min(matrix.shape) >= 64:
-                nn.init.orthogonal_(matrix.data)
-            else:
-                nn.init.uniform_(matrix.data, -dim ** -0.5, dim ** -0.5)
+            nn.init.orthogonal_(matrix.data)
         self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, dim))
         self.attn_scale = nn.Parameter(torch.ones(layers, dim))
         self.mlp_scale = nn.Parameter(torch.ones(layers, dim))
@@ -1261,22 +1258,22 @@ class GPT(nn.Module):
     def block(self, lanes: list[Tensor], x0: Tensor, w: LayerWeights, v: VirtualLayer, rope: tuple[Tensor, Tensor],
               values: Tensor | None) -> list[Tensor]:
         """Run one physical layer on one residual stream or on two lanes, each [B, T, D]."""
-        layer, depth = v.layer, 1 / math.sqrt(v.layer + 1) if self.config.ln_scale else 1.0
+        layer, depth_scale = v.layer, 1 / math.sqrt(v.layer + 1) if self.config.ln_scale else 1.0
 
         def mixed(lane: Tensor) -> Tensor:
             return torch.addcmul(w.resid_mix[0] * lane, w.resid_mix[1], x0)
 
         x = mixed(lanes[0])
-        attn_out = self.attend(norm(x, depth), w, layer, rope, values)
+        attn_out = self.attend(norm(x, depth_scale), w, layer, rope, values)
         if not v.parallel:
             x = x + attn_out
-            return [x + self.mlp(norm(x, depth), w, layer)]
+            return [x + self.mlp(norm(x, depth_scale), w, layer)]
         if self.config.parallel_residual == "plain":
-            return [x + attn_out + self.mlp(norm(x, depth), w, layer)]
+            return [x + attn_out + self.mlp(norm(x, depth_scale), w, layer)]
         if self.config.parallel_residual == "lanes":  # PR #1395: attention has one lane, the MLP the other
-            return [x + attn_out, lanes[1] + self.mlp(norm(lanes[1], depth), w, layer)]
+            return [x + attn_out, lanes[1] + self.mlp(norm(lanes[1], depth_scale), w, layer)]
         # PR #1529: the mixes only feed the sublayers, the lanes themselves go on unmixed.
-        mlp_out = self.mlp(norm(mixed(lanes[1]), depth), w, layer)
+        mlp_out = self.mlp(norm(mixed(lanes[1]), depth_scale), w, layer)
         (a, b), post = w.par_resid, w.par_post
         return [(a * b) * lane + (b * post[0, k]) * attn_out + post[1, k] * mlp_out for k, lane in enumerate(lanes)]
 
@@ -1787,12 +1784,12 @@ TRELLIS_ROWS = 128  # TRELLIS_SOURCE has this number, and the states', too
 STATES = np.arange(32)[:, None]
 NEXT_STATE = STATES >> 1 ^ STATES % 2 * (0o45 >> 1) ^ np.array([0, 0o10 >> 1])  # [state, parity of the index]
 SENSITIVITY_POWER = 0.8  # of a matrix's sensitivity in the cost of its errors: better than 1 and 0.9, measured
-STEPS_PER_OCTAVE = 4  # resolution of a column's step and of a row's spread
+STEPS_PER_OCTAVE = 4  # resolution of a column's step and of a row's spread; `column_steps` has this number, too
 MOST_BITS = 6.0  # per weight: finer steps gain nothing that a score could show
 
 
 def trellis_round(values: Tensor) -> Tensor:
-    """Round each row of values [paths, rows], in steps, on the CPU, to the nearest path's integers (Viterbi 1967)."""
+    """Round each path of values [paths, rows], in steps, on the CPU, to the nearest path's integers (Viterbi 1967)."""
     edges = np.lexsort((np.arange(2 * len(NEXT_STATE)) % 2, NEXT_STATE.ravel()))  # to each state, even and odd index
     source, residue = edges // 2, edges // 2 % 2 + 2 * (edges % 2)  # residue: the integer modulo 4
     y, residues = values.numpy().T[:, None], np.arange(4, dtype=values.numpy().dtype)[:, None]
@@ -1927,7 +1924,7 @@ class TrellisQuantizer:
         self.mean_spread = float(spreads) / self.weights
 
     def log_step_for(self, bits: float) -> float:
-        """The log2 of that factor at which a weight takes about `bits`, from a Gaussian's entropy."""
+        """log2 of the steps' common factor at which a weight takes about `bits`, from a Gaussian's entropy."""
         return self.mean_spread + 1.05 - bits  # log2(2 pi e) / 2 less one: a unit of the index is two steps
 
     @torch.no_grad()
@@ -1935,8 +1932,8 @@ class TrellisQuantizer:
         """Make the artifact's tensors, on the CPU, with steps of 2^log_step * diagonal(U).
 
         A quantized parameter P of shape [..., out, in] becomes `P.q` (int32 [matrices, out, in], multiples of steps),
-        `P.columns` (int8, exponents of the columns' steps), `P.step` (fp32, one per matrix) and `P.rows` (int8,
-        exponents of the rows' spreads in steps, for the coder); a small one stays P (fp16).
+        `P.step` (fp32 [matrices]), `P.columns` (int8 [matrices, in]: a column's step is step * 2^(columns / 4)) and
+        `P.rows` (int8 [matrices, out]: a row's spread is step * 2^(rows / 4), for the coder); a small one stays (fp16).
         """
         tensors = dict(self.small)
         for name, weight, hessian in self.rt.progress("trellis", self.parts):
@@ -2012,7 +2009,7 @@ def quantize_rows(config: Config, rt: Runtime, model: GPT, hessians: dict[str, T
 # 8. Artifact: a container of its own, from which nothing is ever executed; the entropy coder; the fit to the cap
 # ----------------------------------------------------------------------------------------------------------------------
 #
-#   magic "PGLF" | version u16 | header bytes u32 | SHA-256 of all that follows, version and header bytes before it
+#   magic "PGLF" | version u16 | header bytes u32 | SHA-256 of these two and of all that follows
 #   header: JSON, Brotli-compressed: {settings, compressor, tensors: [[name, dtype, shape], ...], streams: [bytes, ...]}
 #   streams: the tensors in the header's order, one plane per byte of the dtype, those of one dtype together and cut
 #   into pieces that are compressed each on its own (so that all cores work)
@@ -2067,7 +2064,7 @@ def byte_planes(tensor: Tensor) -> bytes:
 # its context: the class (how many steps its row and column make likely) and whether it stands for an odd multiple.
 # An integer and its negative are equally likely: they share a level, which is stored in eighths of an octave.
 FREQUENCY_BITS, DIRECT_BITS, SYMBOLS = 14, 6, 96
-CLASSES, CLASS_OF_ONE = 64, 16
+CLASSES, CLASS_OF_ONE = 64, 16  # a class is a quarter octave of the spread in steps; CLASS_OF_ONE: of one step
 LEVEL_OF_SYMBOL = np.array([[(z + 1 - odd) // 2 if z < 1 << DIRECT_BITS else z for z in range(SYMBOLS)]
                             for odd in (0, 1)])
 EIGHTHS = np.array([round(2**(16 + i / 8)) for i in range(8)])
@@ -2292,7 +2289,7 @@ def read_body(body: bytes, head_bytes: int) -> tuple[dict[str, Tensor], dict[str
 
 
 def artifact_header(config: Config) -> dict[str, object]:
-    """What an artifact says of itself: PACKED_FOR and what is not as its preset has it; no folders, no machine's."""
+    """What an artifact says of itself: PACKED_FOR, SEED, what is not as its preset has it; no folders or machine."""
     preset = Config(**PRESETS[config.preset])
     settings = {name: getattr(config, name) for name in STORED_SETTINGS
                 if name in (*PACKED_FOR, "seed") or getattr(preset, name) != getattr(config, name)}
@@ -2705,7 +2702,7 @@ static void update(Model *m, int byte) {
     *m->history = *m->history << 8 | byte;
 }
 
-/* Predict each byte of the tokens among its siblings, then count it; negative: where the model is confident. */
+/* Predict each byte of the tokens among its siblings, then count it; negative: where PPM is confident. */
 void predict_text(Short *shorts, Page *pages, u64 *used, u64 *history, const int32_t *rows, const int32_t *paths,
                   const uint8_t *bytes, const u64 *siblings, float *found, int bits, int longest, int64_t tokens,
                   double confident) {
@@ -2750,8 +2747,8 @@ class PPM:
     def predict(self, rows: np.ndarray, among_all: bool = False) -> np.ndarray:
         """Probability of each byte of the next tokens, given the text before it: rows [n] int32 -> [bytes] fp32.
 
-        Among its siblings in the trie, or among all 256 bytes; negative where PPM is confident, or the only way leads
-        on. Other threads run meanwhile.
+        Among its siblings in the trie, or among all 256 bytes; negative where PPM is confident, or where one byte
+        alone leads on. Other threads run meanwhile.
         """
         trie, found = self.trie, np.empty(int(self.trie.length[rows].sum()), np.float32)
         siblings = ~np.zeros_like(trie.siblings) if among_all else trie.siblings
@@ -2794,7 +2791,7 @@ class ByteShares:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """GPT.nll; `keep` then learns where the targets stand."""
+        """Score as GPT.nll does, and hold the targets' shares until `keep` is told their positions."""
         logits = self.model.head(self.model.hidden(ids)[:, -targets.size(1):]).flatten(0, 1)
         self.seen_rows = self.trie.rows(ids[:, -targets.size(1):], targets).flatten()
         parts = [self.trie.shares(*part) for part in zip(logits.split(1024), self.seen_rows.split(1024))]
@@ -2916,7 +2913,7 @@ class Record:
                    f"{once} of {scores.val.targets} targets scored exactly once")
         if name == "ttt":
             self.check("score_before_update_ttt", not scores.early,
-                       f"{scores.released} targets trained on, {int(scores.early)} of them without a final score")
+                       f"{scores.released} targets to train on, {int(scores.early)} of them without a final score")
         self.set(**{name: result})
 
 
@@ -3023,7 +3020,7 @@ def artifact_rng(record: Record) -> np.random.Generator:
 
 
 def windows_to_check(count: int) -> int:
-    """How many of `count` windows to look at, over all ranks: one in 16 meets a faulty share that would matter."""
+    """How many of `count` windows to look at, over all ranks: one in 16, to meet any faulty share that matters."""
     return min(max(32, count // 16), 1024)
 
 
@@ -3082,7 +3079,10 @@ def check_entered(record: Record, scores: Scores, stage: str, deviations: list[T
 
 def score_mixture(record: Record, config: Config, mixture: ByteShares, shares: tuple[np.ndarray, np.ndarray],
                   predicted: np.ndarray, neural: Scores, begin: float):
-    """Log and enter the score of the byte mixture, beside the neural one that it was made from."""
+    """Log and enter the score of the byte mixture, beside the neural one that it was made from.
+
+    Its seconds are those since `begin`, when the shares began to be kept: all the evaluations beside it.
+    """
     (share, rest), spread, val = shares, config.ppm_mode == "spread", neural.val
     # Where the model is taken to be sure of every byte, its own score must come out again.
     alone = float(mix_bytes(mixture.length, -np.abs(share), rest, predicted, False).sum())
@@ -3129,9 +3129,10 @@ PUBLIC_NAMES = {"Config", "from_env", "GPT", "build_byte_luts", "gptq_quantize",
 class SourceStripper(ast.NodeTransformer):
     """Remove from a syntax tree what only a reader needs: docstrings, annotations, the settings' meanings.
 
-    An error's or check's sentence becomes its line in the readable script and the values that it names. The
-    settings that the script is packed for keep no other choices, and with these go the branches that they would take,
-    where `PACKED` and such settings (`config.<setting>`, `self.config.<setting>`, `<setting>`) decide a condition.
+    An error's sentence becomes its line in the readable script and the values that it names, a check's the values
+    alone. The settings that the script is packed for keep no other choices, and with these go the branches that they
+    would take, where `PACKED` and such settings (`config.<setting>`, `self.config.<setting>`, `<setting>`) decide a
+    condition.
     """
 
     def __init__(self, packed_for: Mapping[str, tuple[str, ...]]):
@@ -3144,8 +3145,8 @@ class SourceStripper(ast.NodeTransformer):
         """Put line and values where a sentence stands, and items where their progress is shown."""
         if getattr(node.func, "attr", "") == "progress":
             return self.visit(node.args[1])
-        told = {"check": 2, "fail": 0, "TypeError": 0, "UsageError": 0, "ArtifactError": 0, "RunStopped": 0}
-        place = told.get(getattr(node.func, "attr", getattr(node.func, "id", "")), len(node.args))
+        sentences = {"check": 2, "fail": 0, "TypeError": 0, "UsageError": 0, "ArtifactError": 0, "RunStopped": 0}
+        place = sentences.get(getattr(node.func, "attr", getattr(node.func, "id", "")), len(node.args))
         if isinstance(next(iter(node.args[place:]), None), (ast.Constant, ast.JoinedStr)):
             parts = getattr(node.args[place], "values", ())
             values = [part.value for part in parts if isinstance(part, ast.FormattedValue)
@@ -3162,7 +3163,7 @@ class SourceStripper(ast.NodeTransformer):
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.stmt | None:
         """Reduce an annotation to what named tuples and dataclasses accept, and a setting to what is needed."""
-        node.annotation, name = ast.Name("int", ast.Load()), node.target.id
+        node.annotation, name = ast.Name("int", ast.Load()), getattr(node.target, "id", "")
         if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", "").startswith("_"):
             if node.value.func.id == "_collect":
                 return None
@@ -3272,7 +3273,7 @@ def acts(node: ast.stmt) -> bool:
 
 
 def drop_unused(tree: ast.Module):
-    """Drop imports and the module's own functions, classes and constants that nothing refers to and that only name."""
+    """Drop imports, and functions, classes and constants that nothing refers to and that only make a name."""
     body = tree.body
     reads = {node: {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Load)}
              for node in body}
@@ -3668,15 +3669,15 @@ def submission_state(submission: Mapping[str, object]) -> str:
 
 def folder_results(records: list[dict], submission: Mapping[str, object]) -> str:
     """What a submission's README says of its runs, in Markdown."""
-    checks = "\n".join(f"- {r['run_id']}: {c['name']} {'ok' if c['ok'] else 'FAILED'} ({c['detail']})"
+    checks = "\n".join(f"- {r['run_id']}: {check_line(c).removeprefix('check ')}"
                        for r in records for c in r["checks"])
     command = f"torchrun --standalone --nproc_per_node={records[0]['world_size']} train_gpt.py"
     figures = submission["rehearsal"] or submission
     spread = f"{figures['val_bpb_std']:.5f}" if figures["val_bpb_std"] is not None else "unknown"
     return (f"{results_table(records)}\n\n{submission_state(submission)}. Mean val_bpb {figures['val_bpb']:.5f}, "
             f"standard deviation {spread}.\n\nMade from the records beside this file, by `MODE=collect`; what "
-            "stands outside the marks is left alone. `train_gpt.py` is the script as it was counted: its errors and "
-            f"checks name lines and values of its readable source (SHA-256 {records[0]['source_sha256']}). It needs "
+            "stands outside the marks is left alone. `train_gpt.py` is the script as it was counted: its errors "
+            f"name lines and values of its readable source (SHA-256 {records[0]['source_sha256']}). It needs "
             "torch, numpy, sentencepiece and brotli, and the data in `DATA_DIR`. The run again, and the score of "
             "its artifact alone:\n\n"
             f"    SEED={records[0]['seed']} {assignments(shared_settings(records[0]))} {command}\n"
@@ -3908,7 +3909,6 @@ def score_artifact(config: Config, rt: Runtime, record: Record, val: ValidationD
     # The same artifact must get the same score again: gradients, the embedding's above all, are otherwise sums in any
     # order. (CUDA's attention kernels keep one of their own in the backward pass: there it holds before TTT alone.)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     if rt.compile:
         rehearse(config, rt, model_from_artifact(config, rt, unpack_artifact(artifact)[0]), val)
     start = rt.clock()

@@ -272,8 +272,7 @@ def stages(form: Steps) -> list[dict]:
     tokens = torch.randint(3, config.vocab_size, (targets + 1,), device=rt.device, dtype=torch.int32)
     val = types.SimpleNamespace(tokens=tokens, targets=targets)
     nll_fn = rt.compiled(model.nll)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # these two as in score_artifact
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as in score_artifact
     for stage, function, *args in (
             ("plain", train_gpt.evaluate, config, rt, nll_fn, val, config.eval_seq_len),
             ("sliding", train_gpt.evaluate, config, rt, nll_fn, val, config.eval_stride),

@@ -1,4 +1,4 @@
-"""Room 9: scores against slow references; causal, normalized, score before update, single pass."""
+"""Room 9: scores against slow references; windows, and what must not matter: batch sizes, tail, ranks."""
 import copy
 import dataclasses
 import json

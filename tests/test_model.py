@@ -196,11 +196,13 @@ def test_optional_parameters_follow_the_settings():
     assert GPT(tiny_config()).skip_weights.shape == (5, 64)
 
 
-def test_small_matrices_are_not_orthogonal_but_random():
-    """Below 64 a side, orthogonal start is not asked for; zeros would never learn."""
-    kv = GPT(tiny_config()).kv_bank.detach()  # [12, 32, 64]
-    assert kv.std() > 0.01 and kv.abs().max() <= 1 / 8
-    assert len({float(m[0, 0]) for m in kv}) == len(kv)
+def test_matrices_start_orthogonal_and_outputs_of_sublayers_at_zero():
+    model = GPT(tiny_config())
+    layers = model.config.num_layers
+    for matrix in (*model.qo_bank[:layers], *model.kv_bank, *model.up_bank):
+        wide = matrix.detach() if matrix.size(0) <= matrix.size(1) else matrix.detach().T
+        assert torch.allclose(wide @ wide.T, torch.eye(len(wide)), atol=1e-5)
+    assert not model.qo_bank[layers:].any() and not model.down_bank.any()
 
 
 # ---- schedule --------------------------------------------------------------------------------------------------------

@@ -225,10 +225,11 @@ class Holder:
     def total_value(self, extra_amount: int = 1, *, keyword_only=5) -> int:
         """Doc."""
         inner_sum: int = self.number_of_things + extra_amount
+        self.amount_so_far: int = 0
         def closure_function(): return inner_sum + LIMIT_OF_ALL
         try: raise ValueError(-1)
         except ValueError as caught_error: inner_sum += caught_error.args[0] + 1
-        return closure_function() + keyword_only
+        return closure_function() + keyword_only + self.amount_so_far
 result_text = f"{LIMIT_OF_ALL:>3} {Holder().total_value(4, keyword_only=6)} {[item_here for item_here in range(2)]}"
 RESULT = [result_text, Holder(number_of_things=9).number_of_things]
 '''
@@ -909,7 +910,7 @@ def test_failed_checks_are_shown(record, tmp_path, monkeypatch):
     collected(tmp_path, monkeypatch, records, submission_name="x")
     readme, = (tmp_path / "records").glob("*/README.md")
     for seed in (42, 314, 999):
-        assert f"- run{seed}: held_out FAILED (9 of 9 passages)\n" in readme.read_text()
+        assert f"- run{seed}: held_out: FAILED (9 of 9 passages)\n" in readme.read_text()
     assert everyone in readme.read_text()
 
 
