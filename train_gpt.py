@@ -1878,7 +1878,7 @@ def choose_rounding(rt: Runtime) -> Callable:
         c_library(TRELLIS_SOURCE)
         return round_paths
     except UsageError as error:
-        rt.log(f"trellis: the same bits in numpy, much more slowly ({error})")
+        rt.log(f"trellis: the same bits in numpy, much more slowly ({' '.join(str(error).split())})")  # on one line
         return lambda w, *others: round_blocks(round_columns, w, *others, block=w.size(-1))
 
 
@@ -1957,6 +1957,8 @@ class TrellisQuantizer:
             for whole in shared:
                 self.rt.all_reduce(whole)
             q, step, columns, rows = (whole.cpu() for whole in shared)
+            if q.float().abs().max() >= 2**24:  # fp32, in which a path is sought, has no odd numbers from there on
+                raise RunStopped(f"{name}'s weights are too large beside others' for steps of one factor", 1)
             tensors |= {f"{name}.q": q, f"{name}.step": step[:, 0],
                         f"{name}.columns": columns.to(torch.int8), f"{name}.rows": rows.to(torch.int8)}
         return tensors
@@ -2922,7 +2924,7 @@ class Record:
 
 def passage_distance(val: ValidationData) -> int:
     """Mean letters from one passage to the next; few in a small split, so that its passages are too many to avoid."""
-    return min(max(val.bytes // 1024, 4), 512)
+    return min(max(val.bytes // 4096, 4), 512)
 
 
 def passage_keys(tokens: np.ndarray, val: ValidationData, salt: str = "") -> np.ndarray:
@@ -3475,7 +3477,7 @@ def final_score(record: Mapping[str, object]) -> dict[str, float]:
 
 
 def what_differs(records: list[dict]) -> list[str]:
-    """Write, for each record, the settings that are not the same in all of them.
+    """Write, for each record, the settings that are not the same in all of them, and the hashes of code and data.
 
     What a record does not name was its script's default, which is known if that script is this one.
     """
@@ -3483,8 +3485,9 @@ def what_differs(records: list[dict]) -> list[str]:
         other["settings"].get(name) != r["settings"][name] for other in records)})
     defaults = [{**vars(Config()), **PRESETS[r["preset"]]} if r["source_sha256"] == sha256(SOURCE) else {}
                 for r in records]
-    return [assignments({name: r["settings"].get(name, known.get(name, "default")) for name in names})
-            for r, known in zip(records, defaults)]
+    hashes = [key for key in ("source_sha256", "train_sha256", "val_sha256") if len({r[key] for r in records}) > 1]
+    return [assignments({**{name: r["settings"].get(name, known.get(name, "default")) for name in names},
+                         **{key: str(r[key])[:8] for key in hashes}}) for r, known in zip(records, defaults)]
 
 
 def results_table(records: list[dict]) -> str:
@@ -3864,7 +3867,8 @@ def open_record(config: Config, rt: Runtime, val: ValidationData) -> Record:
         for name, meant in ALIASES.get(config.preset, {}).items():
             rt.log(f"{name} means {meant} in {config.preset}")
     if not PACKED:  # the switch of a piece that this script lacks, perhaps, or another program's
-        unread = sorted(name for name in os.environ if name.endswith("_ENABLED") and not hasattr(Config, name.lower()))
+        unread = sorted(name for name in os.environ if re.fullmatch(r"[A-Z0-9_]+_ENABLED", name)
+                        and not hasattr(Config, name.lower()))
         if unread:
             rt.log(f"no settings here, so not read: {', '.join(unread)}")
     return record

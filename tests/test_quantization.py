@@ -2,6 +2,7 @@
 import collections
 import itertools
 import math
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -278,6 +279,29 @@ def test_without_a_compiler_the_same_tensors_come_out(rt, monkeypatch, tmp_path)
     monkeypatch.undo()
     expected = with_c.quantize(-9.0)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_compilers_words_take_one_line_of_the_log(rt, monkeypatch, tmp_path):
+    """However many it has: the log has no line that a compiler wrote."""
+    lines, compiler = [], tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\necho 'bad\nthe score: 0.9 bits per byte' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(rt, "log", lines.append)
+    train_gpt.c_library.cache_clear()
+    train_gpt.choose_rounding(rt)
+    train_gpt.c_library.cache_clear()
+    assert len(lines) == 1 and "\n" not in lines[0] and "bad the score" in lines[0]
+
+
+def test_weights_that_no_common_factor_fits_stop_the_run(rt, monkeypatch):
+    """Banks of zeros make steps so fine that fp32 cannot hold the others' integers: no file could be read again."""
+    _, model = narrow_model(monkeypatch)
+    hessians, sensitivities = calibrated(model)
+    quantizer = TrellisQuantizer(rt, model, hessians, sensitivities)
+    name = quantizer.parts[0][0]
+    with pytest.raises(train_gpt.RunStopped, match=f"{name}'s weights are too large"):
+        quantizer.quantize(-30.0)
 
 
 def test_steps_are_the_same_bits_everywhere():

@@ -5,15 +5,16 @@ script by torchrun, is then each rank's program). Rule or public failure: its te
 
     16,000,000 bytes (#1809): test_a_submission_over_the_cap_is_not_compliant, test_the_code_counts_in_the_fit
     the artifact alone, no network: test_packed_script_scores_the_artifact_alone, test_nothing_outside_is_needed
-    600 s of training: test_limits_of_the_contest, test_no_time_is_free,
-        test_all_up_to_the_artifact_counts_as_training_time
+    600 s of training: test_limits_of_the_contest, test_no_time_is_free, test_every_packing_counts_as_training_time,
+        test_all_up_to_the_artifact_counts_as_training_time, test_training_begins_with_what_the_seed_makes
     600 s of evaluation: test_limits_of_the_contest, test_no_time_is_free,
-        test_all_from_the_artifact_on_counts_as_evaluation_time
+        test_all_from_the_artifact_on_counts_as_evaluation_time, test_what_makes_the_mixture_counts_as_evaluation_time
     0.005 nats, p < 0.01, three seeds: test_the_standing_record_must_be_beaten_by_five_millinats,
         test_welch_test_against_closed_forms, test_four_seeds_that_are_not_alike
     a submission's folder: test_a_records_folder_is_ready_for_a_pull_request
     Python 3.10 (#1541): test_the_packed_script_parses_on_python_310, test_source_has_only_python_310_grammar
     causal, normalized, score before update, single pass (#1017): test_conditions_on_one_rank,
+        test_a_compiled_run_makes_the_same_figures, test_no_stage_knows_an_earlier_ones_score,
         test_conditions_on_two_ranks, test_conditions_in_every_preset, test_the_run_notices_a_violation_by_itself
     fine-tuning on validation tokens before they are scored (#1376, #1487, #1517):
         test_fine_tuning_on_what_is_scored_later_is_marked_everywhere, test_training_never_looks_at_validation_tokens
@@ -29,6 +30,7 @@ script by torchrun, is then each rank's program). Rule or public failure: its te
         test_mixture_is_a_distribution_over_the_real_vocabulary, test_the_mixtures_figure_is_what_its_shares_make,
         test_a_byte_mixture_stands_beside_the_neural_score
     a subset as the split (#1858), a window left out (#2014): test_a_split_is_read_whole,
+        test_the_split_is_scored_as_it_lies_there,
         test_all_validation_shards_are_scored, test_dropped_tail_is_not_compliant
     time that GPTQ took beyond the reserve (#1541): test_all_up_to_the_artifact_counts_as_training_time
     a script that overwrites itself (#1858): test_the_running_script_is_never_overwritten,
@@ -854,11 +856,11 @@ def test_validation_losses_choose_nothing(select, corpus, tmp_path, rt):
 
         def other(self, finish=finish, change=change, calls=calls):
             calls.append(self)
-            return {**finish(self), "val_loss": 5 + change * len(calls), "val_bpb": 5 + change * len(calls)}
+            return {**finish(self), **dict.fromkeys(("val_loss", "val_bpb"), 5 + change * len(calls) / 4)}
         with patched(Scores, "finish", other), patched(train_gpt, "train", choosing if select else honest):
             record = tiny_run(tmp_path / str(number), corpus[0], rt, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0,
-                              VAL_LOSS_EVERY=2)
-        assert len(calls) > 3
+                              VAL_LOSS_EVERY=1, ITERATIONS=8)  # long enough for a plateau
+        assert len(calls) > 8
         found.add(record["artifact_sha256"])
     assert len(found) == 1 + bool(select)
 
@@ -1194,19 +1196,29 @@ USERS = {
     "PACKED": ["", "", "", "Config.from_env", "GPT.__init__", "Runtime.__init__", "TrellisQuantizer.__init__",
                "causal_attention", "check_code", "check_held_out", "check_machine", "check_machine", "fail", "main",
                "main", "main", "open_record", "pack_source", "rule_with_values", "run_training", "score_artifact",
-               "shard_files", "train"],
+               "train"],
     "SOURCE": ["", "Record.__init__", "check_code", "check_code", "make_artifact", "open_record", "run_pack",
                "run_training", "score_artifact", "what_differs", "write_submission_folder"],
     "environ": ["Runtime.__init__", "c_library", "fail", "fail", "fail", "main", "main", "open_record",
                 "write_submission_folder"],
     "predict_split": ["score_artifact"],
+    # Who compiles; who reads scores, or a batch; who makes artifacts.
+    "compile": ["", "Config"] + ["Runtime.__init__"] * 4 + ["Runtime.compiled"] * 2 + ["check_code", "score_artifact"],
+    "scores": ["Record.stage"] * 7 + ["causal_attention"] * 2 + ["check_entered"] * 3 + ["deviation"] * 2
+    + ["evaluate"] * 3 + ["evaluate_ttt"] * 5 + ["make_submission"] * 2 + ["score_artifact"] * 8
+    + ["score_artifact.look"] + ["score_windows"] * 2,
+    "final_score": ["make_submission", "make_submission", "results_table", "score_artifact"],
+    "stack": ["GPT.layer_weights"] * 3 + ["Pulse.send", "TrainData.assemble", "TrainData.stack",
+                                          "TrellisQuantizer.__init__", "quantize_rows", "run_training"],
+    "pack_artifact": ["check_machine", "fit_artifact", "prune_to_fit", "prune_to_fit"],
+    "io": ["draw_runs", "weights_file", "write_embedded_corpus"],
     # Who reads files; the packed script has no docstrings.
     "read_bytes": ["", "collect", "load_tokenizer", "read_artifact", "read_config", "read_records", "read_records",
                    "run_training"] + ["write_submission_folder"] * 4,
     "read_text": ["draw_runs"], "open": ["Runtime.open_log", "open_shard"], "fromfile": ["open_shard"],
     "memmap": ["open_shard"], "unpack_artifact": ["check_machine", "read_config", "score_artifact", "score_artifact"],
     **dict.fromkeys(("load", "loadtxt", "genfromtxt", "from_file", "getenv", "environb", "isfile", "load_state_dict",
-                     "__doc__", "getsource", "getdoc"))}
+                     "__doc__", "getsource", "getdoc", "FileIO", "access", "open_code", "state_dict"))}
 
 
 def test_every_rule_has_a_test():
@@ -1230,7 +1242,10 @@ def test_every_rule_has_a_test():
     ("        warm_up(config, rt, model, loss_fn, data)\n", "        model.load_state_dict(torch.load('a.pt'))\n"),
     ("    def head(self, x: Tensor)", "    PRIOR = np.fromfile('prior', 'f4')\n\n"),
     ("    def head(self, x: Tensor)", "    PRIOR = norm.__doc__\n\n"),
-    ("    optimizer = torch.optim.SGD", "    lr = os.environ.get('ADAPT')\n")], ids=str)
+    ("    optimizer = torch.optim.SGD", "    lr = os.environ.get('ADAPT')\n"),
+    ("        times = self.times_scored[begin:end].clone()", "        end += 512 * self.rt.compile\n"),
+    ("        deviations = []\n        scores = evaluate_ttt", "        chunks = np.argsort(scores.parts)\n"),
+    ("        warm_up(config, rt, model, loss_fn, data)\n", "        GPT.seen = data.stack(range(64))\n")], ids=str)
 def test_only_these_functions_train_or_score(place, planted):
     """No preset, number of ranks or compiled run has a way of its own to learn from the split or to mend a score."""
     source = SOURCE.decode()
@@ -1466,8 +1481,95 @@ def test_all_up_to_the_artifact_counts_as_training_time(corpus, tmp_path, rt, ho
         assert parts[part] >= 700
 
 
+def test_a_compiled_run_makes_the_same_figures(corpus, tmp_path, rt, monkeypatch):
+    """What it does beside compiling, a rehearsal above all, changes nothing. The compiler here leaves all as it is."""
+    monkeypatch.setattr(train_gpt.torch, "compile", lambda function, **_: function)
+    found = []
+    for compiled in (False, True):
+        monkeypatch.setattr(rt, "compile", compiled)
+        record = tiny_run(tmp_path / str(compiled), corpus[0], rt, ITERATIONS=2, TTT_LR=0.05)
+        assert not failed(record)
+        found.append([record["artifact_sha256"], *(record[stage]["val_loss"] for stage in (
+            "prequant", "quantized", "sliding", "ttt"))])
+    assert found[0] == found[1]
+
+
+def test_no_stage_knows_an_earlier_ones_score(corpus, tmp_path, rt):
+    """A walk over the whole split has seen the future of every token: neither high nor low scores change the next."""
+    found, honest = [], train_gpt.Record.stage
+    for factor in (0.01, 100.0):
+        def stage(self, name, scores, factor=factor):
+            scores.nll *= 1 if name == "ttt" else factor
+            honest(self, name, scores)
+        with patched(train_gpt.Record, "stage", stage):
+            record = tiny_run(tmp_path / str(factor), corpus[0], rt, ITERATIONS=1, TTT_LR=0.05)
+        found.append((record["ttt"]["val_loss"], record["sliding"]["val_loss"] / factor))
+    assert found[0][0] == found[1][0] and math.isclose(found[0][1], found[1][1], rel_tol=1e-12)
+
+
+def test_the_split_is_scored_as_it_lies_there(corpus, tmp_path, rt):
+    """Documents that repeat, that are short, in any order: to the end of the run, all are what the shards hold."""
+    data, ends = tmp_path / "data", []
+    shutil.copytree(corpus[0], data)
+    path, = train_gpt.shard_files(tiny_run_config(data, data), "val")
+    tokens = np.array(train_gpt.open_shard(path))
+    lengths = [1 + (10 + 37 * number) % 90 for number in range(80)]
+    documents = np.split(tokens, np.cumsum(lengths)[np.cumsum(lengths) < len(tokens)])
+    for document in documents:
+        document[0] = 1
+    tokens = np.concatenate([*documents, *documents[5:9]])
+    train_gpt.write_shard(path, tokens)
+    honest = train_gpt.final_checks
+
+    def final_checks(record, config, val):
+        ends.append((val.tokens.tolist(), val.targets, val.bytes, val.target_bytes.tolist()))
+        honest(record, config, val)
+    with patched(train_gpt, "final_checks", final_checks):
+        record = tiny_run(tmp_path, data, rt, ITERATIONS=1)
+    fresh = train_gpt.ValidationData(config := tiny_run_config(data, data), rt, train_gpt.load_tokenizer(config))
+    assert ends == [(tokens.tolist(), len(tokens) - 1, fresh.bytes, fresh.target_bytes.tolist())]
+    assert (record["val_tokens"], record["val_bytes"]) == (len(tokens) - 1, fresh.bytes)
+    assert failed(record) <= {"split_text"}  # cut inside words
+
+
+def test_training_begins_with_what_the_seed_makes(corpus, tmp_path, rt):
+    """Nothing learned before the clock starts: no statistics of the training shards, no file."""
+    begin, honest = [], train_gpt.train
+
+    def train(config, rt, model, *others):
+        begin.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        return honest(config, rt, model, *others)
+    with patched(train_gpt, "train", train):
+        tiny_run(tmp_path, corpus[0], rt, ITERATIONS=1, SEED=5, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0)
+    torch.manual_seed(5)
+    drawn = torch.empty(begin[0]["embedding"].shape).normal_(0, train_gpt.Config.tied_embed_init_std)
+    assert torch.equal(begin[0].pop("embedding"), drawn)
+    for name in ("qo_bank", "kv_bank", "up_bank"):
+        matrices = begin[0].pop(name)
+        for matrix in matrices[:len(matrices) // 2] if name == "qo_bank" else matrices:
+            torch.nn.init.orthogonal_(drawn := torch.empty(matrix.shape))
+            assert torch.equal(matrix, drawn)
+    assert all(len(p.unique()) <= 2 for p in begin[0].values())  # constants
+
+
+@pytest.mark.parametrize("quantizer", ["sdclip", "trellis"])
+def test_every_packing_counts_as_training_time(quantizer, corpus, tmp_path, rt):
+    """Also one after the clock's last look."""
+    with patched(train_gpt, "check_machine", lambda *_: None), slowed("pack_artifact", seconds=100) as delay:
+        record = tiny_run(tmp_path, corpus[0], rt, ITERATIONS=1, TTT_ENABLED=0, SLIDING_WINDOW_ENABLED=0,
+                          QUANTIZER=quantizer)
+    assert record["artifact_seconds"] >= delay[0] >= 100
+
+
+def test_what_makes_the_mixture_counts_as_evaluation_time(corpus, tmp_path, rt):
+    """PPM's thread and its tables begin when the clock runs."""
+    with slowed("__init__", train_gpt.ByteShares) as delay:
+        record = tiny_run(tmp_path, corpus[0], rt, ITERATIONS=1, PPM_ENABLED=1, TTT_ENABLED=0)
+    assert record["eval_seconds"] >= delay[0] == 700
+
+
 def test_the_score_is_of_the_last_stage_and_every_stage_is_walked_once(corpus, tmp_path, rt):
-    """No best of several: not of the stages, not of two evaluations of one."""
+    """No best of several: not of the stages, not of two evaluations of one, were the last the worst."""
     strides, honest, honest_ttt = [], train_gpt.evaluate, train_gpt.evaluate_ttt
 
     def counted(*args):
@@ -1478,8 +1580,10 @@ def test_the_score_is_of_the_last_stage_and_every_stage_is_walked_once(corpus, t
         strides.append("ttt")
         return honest_ttt(*args)
     with patched(train_gpt, "evaluate", counted), patched(train_gpt, "evaluate_ttt", counted_ttt):
-        tiny_run(tmp_path, corpus[0], rt, ITERATIONS=1, VAL_LOSS_EVERY=0)
-    assert strides == [32, 32, 32, 16, "ttt"], "after the last step, averaged, quantized; sliding; adapting"
+        for rate in (0.005, 5.0):
+            record = tiny_run(tmp_path, corpus[0], rt, ITERATIONS=1, VAL_LOSS_EVERY=0, TTT_LR=rate, TTT_GRAD_CLIP=0)
+    assert record["ttt"]["val_loss"] > record["sliding"]["val_loss"] + 0.1
+    assert strides == 2 * [32, 32, 32, 16, "ttt"], "after the last step, averaged, quantized; sliding; adapting"
     scores = {stage: {"val_bpb": bpb} for stage, bpb in (("quantized", 1.2), ("sliding", 1.0), ("ttt", 1.1))}
     assert train_gpt.final_score(scores) == scores["ttt"]
     assert train_gpt.final_score({**scores, "ttt": None}) == scores["sliding"]
@@ -1931,6 +2035,8 @@ def test_settings_in_the_record_are_the_settings_in_force(corpus, tmp_path, rt, 
     used = []
     monkeypatch.setenv("HEAD_GATES_ENABLED", "1")
     monkeypatch.setenv("TTT_ENABLED", "1")
+    monkeypatch.setenv("X\nthe score: 0.9 bits per byte\nY_ENABLED", "1")  # would write lines of its own
+    monkeypatch.setenv("\udcff_ENABLED", "1")
 
     def watched(holder, name):
         honest = getattr(holder, name)
@@ -2158,7 +2264,7 @@ def test_nothing_outside_is_needed():
 def test_nothing_but_what_is_named_is_read():
     """The artifact stands alone: which functions of the script open files, and what they open, is known."""
     opening = {"read_bytes", "read_text", "open", "fromfile", "memmap", "load", "loadtxt", "genfromtxt", "from_file",
-               "fdopen", "exec", "exists", "is_file", "lexists"}
+               "fdopen", "exec", "exists", "is_file", "lexists", "access", "FileIO", "open_code", "stat"}
 
     def opens(node) -> bool:
         function = getattr(node, "func", None)

@@ -998,7 +998,10 @@ def test_the_table_names_the_settings_that_differ(record):
     assert {row.split(" | ")[-1] for row in rows[2:]} == {"MATRIX_LR=0.03 TTT_ENABLED=1 |",
                                                           "MATRIX_LR=0.02 TTT_ENABLED=0 |"}
     other = train_gpt.what_differs([{**record.data, "source_sha256": "0"}, lower])
-    assert other == ["MATRIX_LR=default TTT_ENABLED=default", "MATRIX_LR=0.02 TTT_ENABLED=0"], "another script's"
+    assert other == ["MATRIX_LR=default TTT_ENABLED=default SOURCE_SHA256=0", "MATRIX_LR=0.02 TTT_ENABLED=0 "
+                     f"SOURCE_SHA256={train_gpt.sha256(SOURCE)[:8]}"], "another script's"
+    elsewhere = train_gpt.what_differs([{**record.data, "val_sha256": letter * 64} for letter in "ab"])
+    assert elsewhere == ["VAL_SHA256=aaaaaaaa", "VAL_SHA256=bbbbbbbb"], "scores of two texts"
     assert "settings that differ" not in train_gpt.results_table([record.data, {**record.data, "seed": 1}])
     with pytest.raises(UsageError, match=r"differ in settings \(MATRIX_LR=0.02 TTT_ENABLED=0 and MATRIX_LR=0.03 "):
         train_gpt.check_one_system([{**r, "mode": "train", "compliant": True} for r in (record.data, lower)])
