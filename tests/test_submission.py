@@ -711,7 +711,7 @@ def test_passages_are_chosen_by_the_text_and_the_salt():
     """Whoever alters a text where one choice of passages begins leaves another choice's passages as they are."""
     tokens = np.random.default_rng(0).integers(97, 123, 50_000)
     val = fake_validation(tokens, tiny_config())
-    val.tokenizer, val.bytes = Characters(), 10**6  # a passage for every 512 letters
+    val.tokenizer, val.bytes = Characters(), 2**21  # a passage for every 512 letters
     one, other = (train_gpt.passage_keys(tokens, val, salt) for salt in "ab")
     assert min(len(one), len(other)) > 60 and not np.isin(one, other).any()
     assert len(np.unique(one)) == len(one)
@@ -1161,7 +1161,7 @@ def test_a_records_folder_is_ready_for_a_pull_request(record, tmp_path, monkeypa
     assert train_gpt.sha256((folder / "train_gpt.py").read_bytes()) == submission["code_sha256"]
     assert json.loads((folder / "submission.json").read_text()) == submission
     readme = (folder / "README.md").read_text()
-    assert "| run42 |" in readme and "total_bytes ok" in readme and "Ready for a pull request" in readme
+    assert "| run42 |" in readme and "total_bytes: ok" in readme and "Ready for a pull request" in readme
     assert "ready" not in capsys.readouterr().out.replace("Ready for a pull request", "", 1)
     (folder / "README.md").write_text(f"{readme}How it works.\n".replace("| run42 |", "| old |"))
     collected(tmp_path, monkeypatch, records, submission_name="Some name / 2", author="me", github_id="me")
